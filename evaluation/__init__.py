@@ -1,0 +1,1 @@
+"""What survives compression, and what it costs."""

@@ -1,0 +1,226 @@
+"""
+What a training step costs: `icae bench train`.
+
+Four things are timed in turn, several times, and compared within one run:
+
+- `icae`: an autoencoding step (forward, backward, AdamW) of this package at the batch given;
+- `products`: nothing but the matrix products of that step, shape by shape, dtype by dtype;
+- `two_copies`: the step as the official code does it (getao/icae, v2) — an encoder and a decoder copy of the
+  base, all hidden states kept, logits for every token of both, one row at a time;
+- `compress` against one plain forward pass of the base over the same tokens.
+
+Peak memory is measured with one row, each variant in a process of its own, above what the loaded libraries take.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+from icae.configuration_icae import ICAEConfig
+from icae.embedded import embedded_base
+from icae.evaluation.record import write_record
+from icae.modeling_icae import ICAEForConditionalGeneration
+
+
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default)
+
+
+class ProductRecorder(TorchDispatchMode):
+    """Counts the matrix products of a block by their operands' shapes, strides and dtypes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: Counter = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in PRODUCTS:
+            operands = args[-2:]
+            layout = tuple((tuple(x.shape), tuple(x.stride()), x.dtype) for x in operands)
+            self.seen[func is PRODUCTS[1], layout] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def replay(seen: Counter) -> Callable[[], None]:
+    """A function that does the recorded products and nothing else."""
+    work = []
+    for (batched, layout), count in seen.items():
+        operands = [torch.empty_strided(shape, stride, dtype=dtype).normal_() for shape, stride, dtype in layout]
+        product = torch.bmm if batched else torch.mm
+        work.append((product, operands, product(*operands), count))
+
+    def run() -> None:
+        for product, (left, right), out, count in work:
+            for _ in range(count):
+                product(left, right, out=out)
+
+    return run
+
+
+def icae_step(arguments) -> tuple[Callable[[], None], ICAEForConditionalGeneration]:
+    """One training step of this package."""
+    config = ICAEConfig(span_length=arguments.span_length, memory_type=arguments.memory_type)
+    # The eager attention of transformers trains faster on a CPU than torch's fused kernel, whose backward pass is slow.
+    model = ICAEForConditionalGeneration.from_base(arguments.base, config, attn_implementation="eager")
+    model.train()
+    optimizer = torch.optim.AdamW(model.trainable_parameters().values(), lr=1e-4, fused=True)
+    ids = random_ids(arguments, model.config.text_config.vocab_size)
+
+    def step() -> None:
+        model(context_ids=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, model
+
+
+def two_copies_step(arguments) -> Callable[[], None]:
+    """The same step on two copies of the base, with all logits and hidden states, row by row."""
+    encoder = AutoModelForCausalLM.from_pretrained(arguments.base)
+    decoder = AutoModelForCausalLM.from_pretrained(arguments.base).requires_grad_(False)
+    config = ICAEConfig(span_length=arguments.span_length)
+    encoder = get_peft_model(
+        encoder,
+        LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    embed = decoder.get_input_embeddings()
+    num_slots = config.max_slots_per_span
+    special = torch.nn.Embedding(num_slots + 1, embed.embedding_dim)
+    trained = [*(p for p in encoder.parameters() if p.requires_grad), *special.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    ids = random_ids(arguments, decoder.config.vocab_size)
+
+    def step() -> None:
+        for row in ids:
+            text = embed(row[None])
+            memory = special.weight[None, :num_slots].to(text.dtype)
+            encoded = encoder(inputs_embeds=torch.cat([text, memory], dim=1), output_hidden_states=True)
+            slots = encoded.hidden_states[-1][:, -num_slots:]
+            mark = special.weight[None, num_slots:].to(text.dtype)
+            decoded = decoder(inputs_embeds=torch.cat([slots, mark, text], dim=1), output_hidden_states=True)
+            logits = decoded.logits[:, num_slots:-1].float()
+            (F.cross_entropy(logits[0], row) / len(ids)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def random_ids(arguments, vocabulary: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(arguments.seed)
+    return torch.randint(5, vocabulary, (arguments.batch_size, arguments.span_length), generator=generator)
+
+
+def time_in_turn(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """Median seconds of each step. The steps take turns, so that a busy machine slows all of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for name, step in steps.items():
+        step()
+    for _ in range(repeats):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure_memory(arguments) -> None:
+    """Runs in a process of its own: prints the peak of two steps above the libraries' footprint."""
+    libraries = peak_bytes()
+    step = icae_step(arguments)[0] if arguments.memory_of == "icae" else two_copies_step(arguments)
+    step()
+    step()
+    print(json.dumps({"peak_bytes": peak_bytes() - libraries, "libraries_bytes": libraries}))
+
+
+def memory_of(variant: str, arguments, batch_size: int) -> dict[str, int]:
+    command = [sys.executable, "-m", "icae.evaluation.bench_train", "--memory-of", variant]
+    command += ["--base", arguments.base, "--span-length", str(arguments.span_length)]
+    command += ["--batch-size", str(batch_size), "--memory-type", arguments.memory_type]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="icae bench train", description="What a training step costs.")
+    parser.add_argument("--base", help="folder or Hub id of the base (default: the embedded one)")
+    parser.add_argument("--memory-type", default="key_values", choices=["key_values", "hidden_states"])
+    parser.add_argument("--span-length", type=int, default=64, help="context tokens per row")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows per step")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="results/bench_train.json")
+    parser.add_argument("--memory-of", choices=["icae", "two_copies"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    arguments.base = arguments.base or embedded_base()
+    if arguments.memory_of:
+        measure_memory(arguments)
+        return
+
+    torch.manual_seed(arguments.seed)
+    step, model = icae_step(arguments)
+    with ProductRecorder() as recorder:
+        step()
+    ids = random_ids(arguments, model.config.text_config.vocab_size)
+    plain = AutoModelForCausalLM.from_pretrained(arguments.base).eval()  # as a user would load it
+    reader = ICAEForConditionalGeneration.from_base(arguments.base, model.config).eval()
+    reader._make_trainable(False)
+
+    @torch.no_grad()
+    def forward() -> None:
+        plain.base_model(input_ids=ids)
+
+    steps = {
+        "icae": step,
+        "products": replay(recorder.seen),
+        "two_copies": two_copies_step(arguments),
+        "compress": lambda: reader.compress(ids) and None,
+        "forward": forward,
+    }
+    seconds = time_in_turn(steps, arguments.repeats)
+    one_row = {variant: memory_of(variant, arguments, 1) for variant in ("icae", "two_copies")}
+    batch = memory_of("icae", arguments, arguments.batch_size)
+    ratios = {
+        "speed against two copies, row by row (at least 3)": seconds["two_copies"] / seconds["icae"],
+        "time against its matrix products alone (at most 1.6)": seconds["icae"] / seconds["products"],
+        "compress against one plain forward pass (at most 1.5)": seconds["compress"] / seconds["forward"],
+        "peak memory against two copies, one row (at most 0.7)": one_row["icae"]["peak_bytes"]
+        / one_row["two_copies"]["peak_bytes"],
+    }
+    tokens = arguments.batch_size * arguments.span_length
+    write_record(
+        arguments.output,
+        {
+            "what": "cost of a training step; ratios are within this run",
+            "ratios": ratios,
+            "seconds": seconds,
+            "context_tokens_per_step": tokens,
+            "context_tokens_per_second": {name: tokens / seconds[name] for name in ("icae", "two_copies")},
+            "memory_one_row": one_row,
+            "memory_batch": batch | {"rows": arguments.batch_size},
+            "arguments": {key: value for key, value in vars(arguments).items() if key not in ("base", "memory_of")},
+        },
+        command="icae bench train " + " ".join(argv or sys.argv[1:]),
+    )
+    for name, value in ratios.items():
+        print(f"{value:6.2f}  {name}")
+    print(f"{tokens / seconds['icae']:6.0f}  context tokens per second; written to {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Results with their birth certificate: every number in `results/` says how it was made."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+PACKAGES = ("icae", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
+
+
+def write_record(path: str | Path, numbers: dict[str, Any], *, command: str | None = None) -> None:
+    """Writes `numbers` and how they came to be — commit, command, versions, hardware, date — to a JSON file."""
+    record = numbers | {
+        "made_by": {
+            "commit": _git("rev-parse", "HEAD"),
+            "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+            "command": command or " ".join(["python -m", *_command()]),
+            "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+            "hardware": hardware(),
+        }
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores this process may use, threads that torch uses, accelerator."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": models[0] if models else platform.processor(),
+        "cores_used": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _command() -> list[str]:
+    module = getattr(sys.modules["__main__"].__spec__, "name", None) or Path(sys.argv[0]).name
+    return [module, *sys.argv[1:]]
+
+
+def _git(*arguments: str) -> str | None:
+    folder = Path(__file__).resolve().parent
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,678 @@
+# Copyright 2026 The ICAE authors. Licensed under the Apache License, Version 2.0.
+"""
+The In-context Autoencoder (ICAE, arXiv 2307.06945): a LoRA-adapted language model turns a context into a few memory
+slots; the same model, frozen, answers from the slots.
+
+    encoder   [start] c1 c2 … cS  m1 … mK        adapter on    slots = keys and values (or last states) at m1 … mK
+    decoder   [start] m1' … mK'  [AE] c1 … cS    adapter off   autoencoding: the context itself, then the end token
+              [start] m1' … mK'  [LM] n1 … nN                  continuation: the text that follows
+              <chat>  m1' … mK'  prompt </chat> r1 … rR        instruction: the response
+
+Notation used for tensor shapes: B batch rows, S context tokens, K slots, D size of a slot, N spans of all rows,
+T tokens of the decoder's text, H hidden size, V vocabulary.
+"""
+
+import copy
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+)
+from transformers.utils import ModelOutput
+
+from .configuration_icae import TASKS
+from .memory_icae import ICAEMemory
+from .pretrained_icae import ICAEPreTrainedModel
+
+
+CONTEXT_MARK, PROMPT_MARK = "<<icae-context>>", "<<icae-prompt>>"
+
+
+@dataclass
+class ICAEOutput(ModelOutput):
+    """
+    Output of [`ICAEForConditionalGeneration.forward`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`):
+            Weighted sum of the task losses, in nats per target token.
+        task_losses (`dict[str, torch.FloatTensor]`):
+            Mean loss of each task that was computed, in nats per target token.
+        token_losses (`dict[str, torch.FloatTensor]`):
+            For each task, the loss at each target token, of shape `(batch_size, target_length)`; 0 at padding.
+        token_masks (`dict[str, torch.BoolTensor]`):
+            For each task, where `token_losses` has a target, of the same shape.
+        token_correct (`dict[str, torch.BoolTensor]`, *optional*):
+            For each task, where the most likely token is the target (teacher forcing); only in eval mode.
+        memory ([`ICAEMemory`]):
+            The memory that the losses were read from.
+    """
+
+    loss: torch.Tensor | None = None
+    task_losses: dict[str, torch.Tensor] | None = None
+    token_losses: dict[str, torch.Tensor] | None = None
+    token_masks: dict[str, torch.Tensor] | None = None
+    token_correct: dict[str, torch.Tensor] | None = None
+    memory: ICAEMemory | None = None
+
+
+@dataclass
+class _Text:
+    """What the decoder reads behind the memory, and what it should predict at each place."""
+
+    embeds: torch.Tensor  # (B, T, H)
+    mask: torch.Tensor  # (B, T) true = token
+    labels: torch.Tensor  # (B, T)
+    label_mask: torch.Tensor  # (B, T) true = target
+
+
+class _FrozenHeadCrossEntropy(torch.autograd.Function):
+    """Cross entropy through a frozen head, chunk by chunk: the forward pass also makes the gradient of the hidden
+    states, so that never more than `chunk_size * vocab_size` logits exist and no logits are kept."""
+
+    @staticmethod
+    def forward(ctx, hidden, labels, head, chunk_size):
+        losses, grads = [], []
+        for states, targets in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True):
+            with torch.enable_grad():
+                states = states.detach().requires_grad_()
+                loss = F.cross_entropy(head(states).float(), targets, reduction="none")
+                grads.append(torch.autograd.grad(loss.sum(), states)[0])
+            losses.append(loss.detach())
+        ctx.save_for_backward(torch.cat(grads))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx, grad_losses):
+        (grad_hidden,) = ctx.saved_tensors
+        return (grad_hidden * grad_losses[:, None]).to(grad_hidden.dtype), None, None, None
+
+
+class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
+    r"""
+    An In-context Autoencoder around a decoder-only language model.
+
+    The base model is loaded once and stays frozen. A LoRA adapter inside it is on while a context is encoded and off
+    while slots are read. Trained are the adapter, the memory embeddings (input embeddings of the slots) and the task
+    embeddings `[AE]` and `[LM]`.
+
+    Args:
+        config ([`ICAEConfig`]):
+            The configuration.
+        base_model (`PreTrainedModel`, *optional*):
+            The causal language model. By default a randomly initialised one is built from `config.text_config`; use
+            [`~ICAEForConditionalGeneration.from_base`] or [`~ICAEForConditionalGeneration.from_pretrained`] instead.
+
+    Example:
+
+    ```python
+    >>> from icae import ICAEForConditionalGeneration
+
+    >>> model = ICAEForConditionalGeneration.from_pretrained("checkpoints/icae-smollm2-135m")
+    >>> memory = model.compress(long_text)
+    >>> model.reconstruct(memory)
+    >>> model.generate(memory=memory, prompt="Who is it about?", max_new_tokens=32)
+    ```
+    """
+
+    _loss_chunk_size = 64
+
+    # ----------------------------------------------------------------------------------------------- text to slots
+
+    @torch.no_grad()
+    def compress(
+        self,
+        context: str | list[str] | list[int] | list[list[int]] | torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        span_length: int | None = None,
+        max_spans_per_batch: int = 32,
+    ) -> ICAEMemory:
+        """
+        Compresses contexts into memory slots.
+
+        Args:
+            context (`str`, `list[str]`, `list[int]`, `list[list[int]]` or `torch.Tensor`):
+                Texts or token ids (a tensor of shape `(batch_size, length)`), of any lengths. Names of
+                control tokens in a text (`<|im_end|>`) stay text.
+            attention_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*):
+                1 where a token is, for a padded tensor of ids.
+            span_length (`int`, *optional*):
+                Tokens compressed at once, at most `config.span_length`, which is the default.
+            max_spans_per_batch (`int`, *optional*, defaults to 32):
+                Spans encoded at once. Bounds the memory of the pass; the result does not depend on it.
+
+        Returns:
+            [`ICAEMemory`] of one row per context.
+
+        Raises:
+            `ValueError`: if a context is empty, or too long for the base's positions.
+        """
+        ids, mask = self._context_ids(context, attention_mask)
+        return self._compress(ids, mask, span_length, max_spans_per_batch)
+
+    def _compress(self, ids, mask, span_length=None, max_spans_per_batch: int = 32) -> ICAEMemory:
+        span_length = self.config.span_length if span_length is None else span_length
+        if not 1 <= span_length <= self.config.span_length:
+            raise ValueError(
+                f"Expected `span_length` between 1 and the model's {self.config.span_length} tokens, got "
+                f"{span_length}."
+            )
+        lengths = mask.sum(dim=1).tolist()
+        if 0 in lengths:
+            raise ValueError(f"Expected contexts of at least one token, got an empty one in row {lengths.index(0)}.")
+        rows = [row[:length].split(span_length) for row, length in zip(ids, lengths, strict=True)]  # ids lie left
+        spans = [[(self.config.slots_for(len(span)), len(span)) for span in row] for row in rows]
+
+        # Each span is shifted by what stands before it in its row, so that the slots of a row can be read together.
+        sequential = self.config.encoder_layout == "sequential"
+        shifts = []
+        for row in spans:
+            ends = [0, *itertools.accumulate(tokens + slots if sequential else tokens for slots, tokens in row)]
+            shifts += ends[:-1]
+            self._check_positions(ends[-1] if self.config.memory_type == "key_values" else ends[1])
+
+        flat = [span for row in rows for span in row]
+        slots, positions = [], []
+        for first in range(0, len(flat), max_spans_per_batch):
+            part = slice(first, first + max_spans_per_batch)
+            encoded = self._encode(flat[part], torch.tensor(shifts[part], device=ids.device))
+            slots.append(encoded[0])
+            positions.append(encoded[1])
+        counts = [sum(slots for slots, _ in row) for row in spans]
+        return ICAEMemory(
+            slots=pad_sequence(torch.cat(slots).split(counts), batch_first=True),  # (B, K, D)
+            positions=pad_sequence(torch.cat(positions).split(counts), batch_first=True),  # (B, K)
+            spans=spans,
+            fingerprint="" if torch.is_grad_enabled() else self.fingerprint,
+            memory_type=self.config.memory_type,
+        )
+
+    def _encode(self, spans: list[torch.Tensor], shifts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The slots of N spans and their positions, one span after the other: `(all slots, D)`, `(all slots,)`."""
+        device = shifts.device
+        lengths = torch.tensor([len(span) for span in spans], device=device)[:, None]  # (N, 1)
+        counts = torch.tensor([self.config.slots_for(len(span)) for span in spans], device=device)[:, None]
+        ids = pad_sequence(spans, batch_first=True)  # (N, S)
+        token_index = torch.arange(1, ids.shape[1] + 1, device=device).expand(len(spans), -1)
+        slot_index = torch.arange(1, int(counts.max()) + 1, device=device).expand(len(spans), -1)
+        # Uniform: slot j of K closes the j-th of K equal parts of its span, and stands where that part ends.
+        part_ends = -(-slot_index * lengths // counts).minimum(lengths)
+        slot_positions = part_ends if self.config.encoder_layout == "uniform" else lengths + slot_index
+
+        embeds = self._embed(F.pad(ids, (1, 0), value=self.config.start_token_id))
+        memory = self.memory_embeddings[: slot_index.shape[1]].expand(len(spans), -1, -1)
+        embeds = torch.cat([embeds, memory.to(embeds.dtype)], dim=1)  # (N, 1 + S + K, H)
+        zeros = torch.zeros_like(lengths)
+        positions = torch.cat([zeros, token_index, slot_positions], dim=1)
+        mask = torch.cat([zeros == 0, token_index <= lengths, slot_index <= counts], dim=1)
+        keep = slot_index <= counts  # (N, K)
+
+        is_cache = self.config.memory_type == "key_values"
+        # Adapter weights in training are float32 whatever the base is: computed in the base's dtype, they cost little.
+        mixed = self.memory_embeddings.dtype != embeds.dtype
+        cache = DynamicCache()
+        with self.adapter(True), torch.autocast(embeds.device.type, dtype=embeds.dtype, enabled=mixed):
+            hidden = self._run(embeds, mask, positions + (shifts[:, None] if is_cache else 0), cache)
+        num_slots = slot_index.shape[1]
+        if is_cache:
+            slots = _pack([(layer.keys[:, :, -num_slots:], layer.values[:, :, -num_slots:]) for layer in cache.layers])
+            slot_positions = slot_positions + shifts[:, None]
+        else:
+            slots = hidden[:, -num_slots:]  # (N, 1 + S + K, H) -> (N, K, H)
+            slot_positions = part_ends + shifts[:, None]  # where the text stood; the decoder's layout decides
+        return slots[keep], slot_positions[keep]
+
+    # ----------------------------------------------------------------------------------------------- slots to text
+
+    def _open(self, memory: ICAEMemory, prefix: torch.Tensor, task: str) -> tuple[DynamicCache, Any, torch.Tensor]:
+        """
+        Puts a memory behind `prefix` (token ids of shape `(P,)`) into a cache of the frozen model.
+
+        Returns the cache, its mask of shape `(B, P + K)`, and the position id of the text to come, of shape `(B,)`.
+        """
+        sequential = self.config.decoder_layout[task] == "sequential"
+        positions, end = memory.positions, memory.end
+        if memory.memory_type == "hidden_states" and sequential:
+            positions = torch.arange(1, positions.shape[1] + 1, device=positions.device).expand_as(positions)
+            end = memory.num_slots + 1
+        prefix_positions = torch.arange(1 - len(prefix), 1, device=prefix.device)  # ends at 0, before the first slot
+        if getattr(self.config.text_config, "rope_parameters", None) is None:
+            prefix_positions = prefix_positions.clamp(min=0)  # absolute position embeddings know no negative ones
+        mask = torch.cat([memory.mask.new_ones(len(memory), len(prefix)), memory.mask], dim=1)
+
+        cache = DynamicCache()
+        with self.adapter(False):
+            with torch.no_grad():
+                ones = torch.ones_like(prefix)[None]
+                self._run(self._embed(prefix[None]), ones, prefix_positions[None], cache)
+            cache.batch_repeat_interleave(len(memory))
+            if memory.memory_type == "key_values":
+                for index, (keys, values) in enumerate(_unpack(memory.slots, cache)):
+                    cache.update(keys, values, index)
+            else:
+                self._run(memory.slots, mask, positions, cache)
+        return cache, mask, end
+
+    def _run(self, embeds, mask, positions, cache: DynamicCache) -> torch.Tensor:
+        """One pass of the base without its head; the last hidden state, of shape `(B, T, H)`.
+
+        The mask is always given: without it, transformers takes each jump in the position ids for the start of
+        another packed sequence and cuts the text off from its slots.
+        """
+        outputs = self.language_model.base_model(
+            inputs_embeds=embeds,
+            attention_mask=mask.to(torch.long),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return outputs.last_hidden_state
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.get_input_embeddings()(ids)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The base's logits for hidden states of shape `(n, H)`, with what some families do to them."""
+        logits = self.get_output_embeddings()(hidden)
+        config = self.config.text_config
+        if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+            logits = logits * scale
+        if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite
+            logits = logits / scaling
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+    def forward(
+        self,
+        context_ids: torch.LongTensor | None = None,
+        context_mask: torch.Tensor | None = None,
+        memory: ICAEMemory | None = None,
+        continuation_ids: torch.LongTensor | None = None,
+        continuation_mask: torch.Tensor | None = None,
+        prompt_ids: torch.LongTensor | None = None,
+        prompt_mask: torch.Tensor | None = None,
+        response_ids: torch.LongTensor | None = None,
+        response_mask: torch.Tensor | None = None,
+        autoencoding_weight: float | None = None,
+        continuation_weight: float | None = None,
+        span_length: int | None = None,
+        **kwargs,
+    ) -> ICAEOutput:
+        r"""
+        The training losses: contexts are compressed once and read back by every task that has a target.
+
+        Args:
+            context_ids (`torch.LongTensor` of shape `(batch_size, context_length)`):
+                Tokens to compress, and the target of autoencoding.
+            context_mask (`torch.Tensor` of shape `(batch_size, context_length)`, *optional*):
+                1 where a token is. Padding may lie on either side.
+            memory ([`ICAEMemory`], *optional*):
+                Read this memory instead of compressing `context_ids`; for example another text's, as a control.
+            continuation_ids, continuation_mask (of shape `(batch_size, continuation_length)`, *optional*):
+                Text that follows the context: the target of continuation (language modelling).
+            prompt_ids, prompt_mask (of shape `(batch_size, prompt_length)`, *optional*):
+                What stands between memory and response, see [`~ICAEForConditionalGeneration.encode_prompts`].
+            response_ids, response_mask (of shape `(batch_size, response_length)`, *optional*):
+                The target of the instruction task, with its end token.
+            autoencoding_weight (`float`, *optional*):
+                Weight λ of autoencoding (paper, section 2.3). Default: 0.5 beside a continuation, 1 when there is no
+                other target, 0 beside a response.
+            continuation_weight (`float`, *optional*):
+                Weight of continuation. Default: 1 - λ, or 1 beside a response.
+            span_length (`int`, *optional*):
+                Tokens compressed at once, at most and by default `config.span_length`.
+
+        Returns:
+            [`ICAEOutput`]
+        """
+        if context_ids is None and memory is None:
+            raise ValueError(
+                "Expected `context_ids` or `memory`, got neither. An ICAE is no plain language model: for the frozen "
+                "base call `model.language_model`."
+            )
+        if (response_ids is None) != (prompt_ids is None):
+            raise ValueError("Expected `prompt_ids` and `response_ids` together, got only one of them.")
+        if context_ids is not None:
+            context_ids, context_mask = _left_justify(context_ids, context_mask)
+        if memory is None:
+            memory = self._compress(context_ids, context_mask, span_length)
+        has_response, has_continuation = response_ids is not None, continuation_ids is not None
+        if autoencoding_weight is None:
+            autoencoding_weight = 0.0 if has_response else 0.5 if has_continuation else 1.0
+        if continuation_weight is None:
+            continuation_weight = 1.0 if has_response else 1.0 - autoencoding_weight
+
+        texts, weights = {}, {}
+        if autoencoding_weight > 0:
+            if context_ids is None:
+                raise ValueError("Expected `context_ids`, the target of autoencoding, beside `memory`; got None.")
+            texts["autoencoding"] = self._autoencoding_text(context_ids, context_mask)
+            weights["autoencoding"] = autoencoding_weight
+        if has_continuation:
+            texts["continuation"] = self._continuation_text(*_left_justify(continuation_ids, continuation_mask))
+            weights["continuation"] = continuation_weight
+        if has_response:
+            texts["instruction"] = self._instruction_text(prompt_ids, prompt_mask, response_ids, response_mask)
+            weights["instruction"] = 1.0
+
+        scores = {task: self._score(memory, task, text) for task, text in texts.items()}
+        masks = {task: text.label_mask for task, text in texts.items()}
+        task_losses = {task: losses.sum() / masks[task].sum() for task, (losses, _) in scores.items()}
+        return ICAEOutput(
+            loss=sum(weights[task] * task_losses[task] for task in texts),
+            task_losses=task_losses,
+            token_losses={task: losses.detach() for task, (losses, _) in scores.items()},
+            token_masks=masks,
+            token_correct=None if self.training else {task: correct for task, (_, correct) in scores.items()},
+            memory=memory,
+        )
+
+    def _autoencoding_text(self, ids: torch.Tensor, mask: torch.Tensor) -> _Text:
+        """[AE] c1 … cS -> c1 … cS end"""
+        lengths = mask.sum(dim=1, keepdim=True)
+        places = torch.arange(ids.shape[1] + 1, device=ids.device)
+        labels = F.pad(ids, (0, 1)).masked_fill(places == lengths, self._end_token_id)
+        return self._task_text("autoencoding", ids, labels, places <= lengths)
+
+    def _continuation_text(self, ids: torch.Tensor, mask: torch.Tensor) -> _Text:
+        """[LM] n1 … nN-1 -> n1 … nN"""
+        return self._task_text("continuation", ids[:, :-1], ids, mask)
+
+    def _task_text(self, task: str, ids: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> _Text:
+        embeds = self._embed(ids)
+        task_embeds = self.task_embeddings[TASKS.index(task)].to(embeds.dtype).expand(len(ids), 1, -1)
+        embeds = torch.cat([task_embeds, embeds], dim=1)
+        return _Text(embeds, mask, labels, mask)
+
+    def _instruction_text(self, prompt_ids, prompt_mask, response_ids, response_mask) -> _Text:
+        """prompt r1 … rR-1 -> r1 … rR (r1 is predicted at the last token of the prompt)"""
+        prompt_ids, prompt_mask = _left_justify(prompt_ids, prompt_mask)
+        response_ids, response_mask = _left_justify(response_ids, response_mask)
+        is_response = torch.cat([torch.zeros_like(prompt_mask), response_mask], dim=1)
+        mask = torch.cat([prompt_mask, response_mask], dim=1)
+        is_response, _ = _left_justify(is_response, mask)
+        ids, mask = _left_justify(torch.cat([prompt_ids, response_ids], dim=1), mask)
+        return _Text(self._embed(ids[:, :-1]), mask[:, :-1], ids[:, 1:], is_response[:, 1:])
+
+    def _score(self, memory: ICAEMemory, task: str, text: _Text) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Loss at each target of a text read behind a memory and, in eval mode, whether the target is the most likely
+        token; both of shape `(B, T)`."""
+        cache, memory_mask, end = self._open(memory, self._prefix(task), task)
+        places = torch.arange(text.mask.shape[1], device=end.device)
+        positions = self._text_start(task, end)[:, None] + places
+        hidden = self._run(text.embeds, torch.cat([memory_mask, text.mask], dim=1), positions, cache)
+        targets = text.label_mask
+        loss, hit = self._cross_entropy(hidden[targets], text.labels[targets])  # (B, T, H) -> (targets, H)
+        losses = loss.new_zeros(targets.shape).masked_scatter(targets, loss)
+        return losses, None if hit is None else targets.masked_scatter(targets, hit)
+
+    def _cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Nats per target, of shape `(targets,)`, and in eval mode whether each target is the most likely token."""
+        losses = _FrozenHeadCrossEntropy.apply(hidden, labels, self._logits, self._loss_chunk_size)
+        if self.training:
+            return losses, None
+        with torch.no_grad():
+            chunks = hidden.split(self._loss_chunk_size)
+            hits = [self._logits(states).argmax(dim=-1) for states in chunks]
+        return losses, torch.cat(hits) == labels
+
+    def _text_start(self, task: str, end: torch.Tensor) -> torch.Tensor:
+        """Position id of the decoder's text: in the uniform layout, autoencoding rewrites its context from 1 on."""
+        overlay = task == "autoencoding" and self.config.decoder_layout[task] == "uniform"
+        return torch.zeros_like(end) if overlay else end
+
+    @property
+    def _end_token_id(self) -> int:
+        end = self.config.text_config.eos_token_id
+        return end[0] if isinstance(end, list) else end
+
+    # ---------------------------------------------------------------------------------------------------- generation
+
+    @torch.no_grad()
+    def generate(
+        self,
+        context: str | list[str] | list[int] | list[list[int]] | torch.Tensor | None = None,
+        prompt: str | list[str] | None = None,
+        *,
+        memory: ICAEMemory | None = None,
+        task: str = "instruction",
+        generation_config: GenerationConfig | None = None,
+        **kwargs,
+    ) -> Any:
+        """
+        Answers prompts from compressed contexts.
+
+        Args:
+            context (`str`, `list[str]`, token ids, *optional*):
+                What to read, see [`~ICAEForConditionalGeneration.compress`].
+            prompt (`str` or `list[str]`, *optional*):
+                One prompt per context, one prompt for all contexts, or many prompts for one context: the context is
+                then compressed and its slots are opened only once.
+            memory ([`ICAEMemory`], *optional*):
+                A compressed context in place of `context`.
+            task (`str`, *optional*, defaults to `"instruction"`):
+                `"instruction"` answers the prompt, `"autoencoding"` writes the context out, `"continuation"` goes on.
+            generation_config (`GenerationConfig`, *optional*) and kwargs:
+                All that `GenerationMixin.generate` takes (`max_new_tokens`, `num_beams`, `do_sample`, `streamer`, …).
+
+        Returns:
+            `torch.LongTensor` of shape `(batch_size, new_tokens)`: the new tokens only; or a `GenerateOutput` when
+            `return_dict_in_generate=True`.
+
+        Raises:
+            `ValueError`: if context and memory are both missing or both given, if a prompt is missing, if the memory
+            is another model's or holds NaN, or if there are too many tokens for the base's positions.
+        """
+        if (context is None) == (memory is None):
+            raise ValueError(
+                "Expected either `context` or `memory`, got "
+                f"{'neither' if context is None else 'both'}; a prompt alone is a question for `model.language_model`."
+            )
+        if task not in TASKS:
+            raise ValueError(f"Expected `task` to be one of {TASKS}, got {task!r}.")
+        if (prompt is None) == (task == "instruction"):
+            raise ValueError(
+                f"Expected {'a' if prompt is None else 'no'} `prompt` for the task {task!r}, got {prompt!r}; use "
+                "`task='autoencoding'` or `reconstruct` to read a memory back without one."
+            )
+        if memory is None:
+            memory = self.compress(context)
+        self._check_memory(memory)
+
+        generation_config = copy.deepcopy(generation_config or self.generation_config)
+        kwargs = generation_config.update(**kwargs)
+        if generation_config.stop_strings is not None:
+            kwargs.setdefault("tokenizer", self.tokenizer)
+
+        cache, memory_mask, end = self._open(memory, self._prefix(task), task)
+        if task == "instruction":
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+            if not prompts:
+                raise ValueError("Expected at least one prompt, got an empty list.")
+            ids, mask = _pad_left(self.encode_prompts(prompts), device=end.device)
+            rows = max(len(memory), len(prompts))
+            if {len(memory), len(prompts)} - {1, rows}:
+                raise ValueError(
+                    f"Expected one prompt per context, one prompt or one context, got {len(prompts)} prompts for "
+                    f"{len(memory)} contexts."
+                )
+            cache.batch_repeat_interleave(rows // len(memory))
+            memory_mask, end = memory_mask.expand(rows, -1), end.expand(rows)
+            ids, mask = ids.expand(rows, -1), mask.expand(rows, -1)
+            inputs = {"input_ids": ids}
+        else:
+            embeds = self.task_embeddings[TASKS.index(task)]
+            embeds = embeds.to(self.language_model.dtype).expand(len(memory), 1, -1)
+            mask = memory_mask.new_ones(len(memory), 1)
+            # generate() counts the cached part as a part of the embeddings and cuts it off again.
+            inputs = {"inputs_embeds": F.pad(embeds, (0, 0, cache.get_seq_length(), 0))}
+        positions = self._text_start(task, end)[:, None] + (mask.cumsum(dim=1) - 1).clamp(min=0)
+        self._check_positions(int(positions.max()))
+
+        # generate() repeats the text for beams and several sequences, but not a cache that was given.
+        sequences = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        cache.batch_repeat_interleave(sequences)
+        with self.adapter(False):
+            output = self.language_model.generate(
+                **inputs,
+                attention_mask=torch.cat([memory_mask, mask], dim=1).to(torch.long),
+                position_ids=positions,
+                past_key_values=cache,
+                generation_config=generation_config,
+                **kwargs,
+            )
+        given = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+        if isinstance(output, ModelOutput):
+            output.sequences = output.sequences[:, given:]
+            return output
+        return output[:, given:]
+
+    def reconstruct(
+        self, memory: ICAEMemory | str | list[str] | torch.Tensor, *, return_ids: bool = False, **kwargs
+    ) -> list[str] | torch.Tensor:
+        """
+        Writes the compressed contexts out again: the autoencoding task (paper, section 2.2.1), greedy by default.
+
+        Args:
+            memory ([`ICAEMemory`] or anything that [`~ICAEForConditionalGeneration.compress`] takes):
+                What to read back.
+            return_ids (`bool`, *optional*, defaults to `False`):
+                Whether to return token ids, padded on the right, instead of texts.
+            kwargs:
+                Arguments of [`~ICAEForConditionalGeneration.generate`].
+        """
+        if not isinstance(memory, ICAEMemory):
+            memory = self.compress(memory)
+        kwargs = {"do_sample": False, "max_new_tokens": int(memory.num_tokens.max()) + 1} | kwargs
+        ids = self.generate(memory=memory, task="autoencoding", **kwargs)
+        return ids if return_ids else self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    # ------------------------------------------------------------------------------------------------- text and checks
+
+    def encode_prompts(self, prompts: list[str]) -> list[list[int]]:
+        """Token ids of all that stands behind the memory up to the answer, one list per prompt."""
+        _, middle, after = self._chat_pieces()
+        tokenize = self.tokenizer
+        head, tail = (tokenize(piece, add_special_tokens=False)["input_ids"] for piece in (middle, after))
+        return [head + ids + tail for ids in self._tokenize_plain(prompts)]
+
+    def _prefix(self, task: str) -> torch.Tensor:
+        """Token ids in front of the memory, of shape `(P,)`: the start token, or the chat template so far."""
+        ids = []
+        if task == "instruction":
+            ids = self.tokenizer(self._chat_pieces()[0], add_special_tokens=False)["input_ids"]
+        if ids[:1] != [self.config.start_token_id]:
+            ids = [self.config.start_token_id, *ids]
+        return torch.tensor(ids, device=self.memory_embeddings.device)
+
+    def _chat_pieces(self) -> tuple[str, str, str]:
+        """The base's chat template before the context, between context and prompt, and from the prompt to the answer.
+
+        A base without a template gets blank lines.
+        """
+        if self.tokenizer.chat_template is None:
+            return "", "\n\n", "\n\n"
+        message = {"role": "user", "content": f"{CONTEXT_MARK}\n\n{PROMPT_MARK}"}
+        text = self.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        before, _, rest = text.partition(CONTEXT_MARK)
+        middle, _, after = rest.partition(PROMPT_MARK)
+        return before, middle, after
+
+    def _tokenize_plain(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of texts from outside: the names of control tokens in them stay text and control nothing."""
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def _context_ids(self, context, attention_mask=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask of contexts, both of shape `(B, S)`, padding on the right."""
+        device = self.memory_embeddings.device
+        if isinstance(context, torch.Tensor):
+            if context.dim() != 2 or context.dtype not in (torch.int64, torch.int32):
+                raise ValueError(
+                    "Expected context ids of shape (batch, length) and dtype int64, got "
+                    f"{tuple(context.shape)} and {context.dtype}."
+                )
+            ids, mask = _left_justify(
+                context.to(device), None if attention_mask is None else attention_mask.to(device)
+            )
+        else:
+            if isinstance(context, str) or (context and isinstance(context[0], int)):
+                context = [context]
+            if not isinstance(context, list | tuple) or not context:
+                raise ValueError(
+                    "Expected a context as str, list of str, or token ids, got "
+                    f"{'an empty list' if isinstance(context, list | tuple) else type(context).__name__}."
+                )
+            if all(isinstance(text, str) for text in context):
+                context = self._tokenize_plain(list(context))
+            rows = [torch.tensor(row, dtype=torch.long, device=device) for row in context]
+            ids = pad_sequence(rows, batch_first=True)
+            lengths = torch.tensor([len(row) for row in rows], device=device)
+            mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+        vocabulary = self.get_input_embeddings().num_embeddings
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise ValueError(
+                f"Expected token ids from 0 to {vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}; tokenize "
+                "with the tokenizer of the base."
+            )
+        return ids, mask
+
+    def _check_memory(self, memory: ICAEMemory) -> None:
+        if not isinstance(memory, ICAEMemory):
+            raise TypeError(
+                f"Expected `memory` to be an ICAEMemory, got {type(memory).__name__}; call `compress` first."
+            )
+        if memory.fingerprint != self.fingerprint:
+            raise ValueError(
+                f"Expected a memory of this model (fingerprint {self.fingerprint}), got one of another model or of "
+                f"another state of its training (fingerprint {memory.fingerprint}); compress the context again."
+            )
+        memory.check_finite()
+
+    def _check_positions(self, last: int) -> None:
+        limit = getattr(self.config.text_config, "max_position_embeddings", None)
+        if limit is not None and last >= limit:
+            raise ValueError(
+                f"Expected at most {limit - 1} tokens of context and prompt, which is what the base has positions "
+                f"for, got {last}; compress the parts apart and join them with `ICAEMemory.concat`."
+            )
+
+
+def _left_justify(ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Moves the padding of each row to the right."""
+    if mask is None:
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+    order = mask.bool().logical_not().to(torch.int8).argsort(dim=1, stable=True)
+    return ids.gather(1, order), mask.bool().gather(1, order)
+
+
+def _pad_left(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def _pack(layers: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Keys and values of all layers, each `(B, heads, K, head size)`, as one tensor `(B, K, D)`."""
+    return torch.cat([states.transpose(1, 2).flatten(2) for layer in layers for states in layer], dim=-1)
+
+
+def _unpack(slots: torch.Tensor, like: DynamicCache) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The inverse of `_pack`, for the layers of the cache `like`."""
+    shapes = [(states.shape[1], states.shape[3]) for layer in like.layers for states in (layer.keys, layer.values)]
+    parts = slots.split([heads * size for heads, size in shapes], dim=-1)
+    states = [part.unflatten(-1, shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)]
+    return zip(states[::2], states[1::2], strict=True)
+
+
+__all__ = ["ICAEForConditionalGeneration", "ICAEOutput"]

@@ -1,0 +1,439 @@
+# Copyright 2026 The ICAE authors. Licensed under the Apache License, Version 2.0.
+"""What an ICAE is made of (frozen base, adapter, slot embeddings), and how that is made, loaded and saved."""
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import cached_file
+
+from .checkpointing_icae import checkpointed_forward
+from .configuration_icae import ICAEConfig
+
+
+ADAPTER = "icae"
+ADAPTER_FOLDER = "adapter"
+SLOTS_FILE = "icae_slots.safetensors"
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "proxies", "revision", "subfolder")
+AUTO_KWARGS = ("_from_auto", "_from_pipeline", "adapter_kwargs", "code_revision", "_commit_hash", "trust_remote_code")
+
+
+class ICAEPreTrainedModel(PreTrainedModel):
+    """
+    The parts of an ICAE, shared by all that is built on it: `language_model` (the base, loaded once and frozen, with a
+    LoRA adapter inside), `memory_embeddings` (input embeddings of the slots) and `task_embeddings` (`[AE]`, `[LM]`).
+    """
+
+    config_class = ICAEConfig
+    base_model_prefix = ""
+    main_input_name = "context_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # losses are means over the target tokens of the micro-batch
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, config: ICAEConfig, base_model: PreTrainedModel | None = None):
+        super().__init__(config)
+        if base_model is None:
+            base_model = AutoModelForCausalLM.from_config(config.text_config)
+        config.text_config = base_model.config
+        self.language_model = base_model.requires_grad_(False)
+        embeddings = base_model.get_input_embeddings().weight
+        size = embeddings.shape[1]
+        self.memory_embeddings = nn.Parameter(torch.empty(config.max_slots_per_span, size, device=embeddings.device))
+        self.task_embeddings = nn.Parameter(torch.empty(2, size, device=embeddings.device))  # [AE], [LM]
+        self.generation_config = copy.deepcopy(base_model.generation_config)
+        self.post_init()
+        self._initialize_slots()
+
+        # Behind post_init(), which would initialise the adapter's B matrices away from zero.
+        base_model.add_adapter(
+            LoraConfig(
+                r=config.lora_r,
+                lora_alpha=config.lora_alpha,
+                lora_dropout=config.lora_dropout,
+                target_modules=config.lora_target_modules,
+                exclude_modules=_without_effect(config),
+                task_type="CAUSAL_LM",
+            ),
+            ADAPTER,
+        )
+        self._lora_layers = [module for module in base_model.modules() if isinstance(module, LoraLayer)]
+        for layer in self._lora_layers:
+            layer._disable_adapters = True  # at rest `language_model` is the frozen base
+            layer.cast_input_dtype_enabled = False  # autocast casts the small fp32 weights instead of the activations
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._fingerprint: tuple[Any, str] | None = None
+        self.eval()
+
+    def _init_weights(self, module):
+        pass  # nothing of the base may be initialised again; see `_initialize_slots`
+
+    @torch.no_grad()
+    def _initialize_slots(self) -> None:
+        """Memory and task embeddings start like words of the base: the mean and spread of its input embeddings."""
+        embeddings = self.language_model.get_input_embeddings().weight
+        if embeddings.is_meta:
+            return
+        mean, std = embeddings.float().mean(dim=0), embeddings.float().std(dim=0)
+        for parameter in (self.memory_embeddings, self.task_embeddings):
+            parameter.copy_(mean + std * torch.randn(parameter.shape, device="cpu").to(std.device))
+
+    # ------------------------------------------------------------------------------------------------ make, load, save
+
+    @classmethod
+    def from_base(
+        cls,
+        base: str | PreTrainedModel,
+        config: ICAEConfig | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs,
+    ) -> Self:
+        """
+        A new, untrained ICAE around a base model, ready for training (adapter and slots in float32).
+
+        Args:
+            base (`str` or `PreTrainedModel`):
+                Hub id or folder of a causal language model, or a loaded one, which then belongs to the ICAE.
+            config ([`ICAEConfig`], *optional*):
+                How to compress. The fields about the base are filled in; set `base_model_name_or_path` yourself when
+                `base` is a local copy of a model that others should find on the Hub.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*):
+                The base's tokenizer. By default it is loaded from the base when text is first given.
+            kwargs:
+                Passed to `AutoModelForCausalLM.from_pretrained` (`dtype`, `device_map`, `quantization_config`, …).
+
+        Raises:
+            `ValueError`: if the base cannot be found, is in float16 or keeps no cache of keys and values.
+        """
+        config = copy.deepcopy(config) if config is not None else ICAEConfig()
+        revision = kwargs.get("revision")
+        if isinstance(base, str):
+            base = _load_base(base, **kwargs)
+        config.base_model_name_or_path = config.base_model_name_or_path or base.config._name_or_path
+        config.base_model_revision = revision
+        config.base_model_fingerprint = _base_fingerprint(base)
+        _check_base(base)
+        config.text_config = base.config
+        config._check()
+        model = cls(config, base_model=base)
+        model._tokenizer = tokenizer
+        model._make_trainable(True)
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        config: PreTrainedConfig | None = None,
+        base_model: str | PreTrainedModel | None = None,
+        is_trainable: bool = False,
+        verify_base: bool = True,
+        **kwargs,
+    ) -> Self:
+        """
+        Loads a trained ICAE: its adapter and slots from `pretrained_model_name_or_path`, its base from where the
+        configuration says.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                Hub id or folder of the ICAE.
+            config ([`ICAEConfig`], *optional*):
+                Configuration to use instead of the saved one.
+            base_model (`str` or `PreTrainedModel`, *optional*):
+                Where to take the base from instead of `config.base_model_name_or_path`.
+            is_trainable (`bool`, *optional*, defaults to `False`):
+                Whether adapter and slots get gradients (and float32 weights).
+            verify_base (`bool`, *optional*, defaults to `True`):
+                Whether to refuse a base whose weights are not those that the ICAE was trained on.
+            kwargs:
+                Hub arguments (`revision`, `token`, `cache_dir`, …) or arguments of
+                `AutoModelForCausalLM.from_pretrained` for the base (`dtype`, `device_map`, `quantization_config`, …).
+
+        Raises:
+            `ValueError`: if the base cannot be found or is another one, or if a file is missing or damaged.
+        """
+        path = str(pretrained_model_name_or_path)
+        kwargs = {key: value for key, value in kwargs.items() if key not in AUTO_KWARGS}
+        hub = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
+        if not isinstance(config, PreTrainedConfig):  # the config of an AutoModel call may come from a twin module
+            config = ICAEConfig.from_pretrained(path, **hub)
+        if not isinstance(base_model, PreTrainedModel):
+            shared = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
+            revision = config.base_model_revision if base_model is None else None
+            base_model = _load_base(
+                base_model or config.base_model_name_or_path, revision=revision, **shared, **kwargs
+            )
+        _check_base(base_model)
+        if verify_base and config.base_model_fingerprint is not None:
+            found = _base_fingerprint(base_model)
+            if found is not None and found != config.base_model_fingerprint:
+                raise ValueError(
+                    f"Expected the base model {config.base_model_name_or_path!r} (fingerprint "
+                    f"{config.base_model_fingerprint}), got {base_model.config._name_or_path!r} (fingerprint "
+                    f"{found}). Slots are written for one set of weights: pass the right `base_model`, or "
+                    "`verify_base=False` if you know that the difference is harmless."
+                )
+        model = cls(copy.deepcopy(config), base_model=base_model)
+        model.load_icae_weights(path, **hub)
+        model._make_trainable(is_trainable)
+        model.name_or_path = path
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(path, **hub)
+        except OSError:
+            pass  # the base's own, copied in __init__
+        return model.eval()
+
+    def load_icae_weights(self, path: str | os.PathLike, **hub_kwargs) -> None:
+        """
+        Loads adapter, memory embeddings and task embeddings in place from a saved ICAE.
+
+        Raises:
+            `ValueError`: if a file is missing or damaged, or if a tensor is missing, left over or of another shape.
+        """
+        slots = _load_safetensors(path, SLOTS_FILE, **hub_kwargs)
+        adapter = _load_safetensors(path, f"{ADAPTER_FOLDER}/adapter_model.safetensors", **hub_kwargs)
+        adapter = {key.removeprefix("base_model.model."): value for key, value in adapter.items()}
+        for what, found, expected in (
+            (SLOTS_FILE, slots, self._slots_state_dict()),
+            ("the adapter", adapter, get_peft_model_state_dict(self.language_model, adapter_name=ADAPTER)),
+        ):
+            shapes = {key: tuple(value.shape) for key, value in found.items()}
+            wanted = {key: tuple(value.shape) for key, value in expected.items()}
+            if shapes != wanted:
+                odd = sorted(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))
+                raise ValueError(
+                    f"Expected {what} in {str(path)!r} to hold {len(wanted)} tensors as the configuration says, but "
+                    f"{len(odd)} are missing, left over or of another shape, first {odd[0]!r}: expected "
+                    f"{wanted.get(odd[0])}, got {shapes.get(odd[0])}. Load the files and the config.json of one and "
+                    "the same checkpoint."
+                )
+        with torch.no_grad():
+            self.memory_embeddings.copy_(slots["memory_embeddings"])
+            self.task_embeddings.copy_(slots["task_embeddings"])
+        set_peft_model_state_dict(self.language_model, adapter, adapter_name=ADAPTER)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs,
+    ) -> None:
+        """
+        Saves what training changed — adapter and slots — with the configuration and, if loaded, the tokenizer. The
+        base model is not copied.
+
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                The folder, made if missing.
+            is_main_process (`bool`, *optional*, defaults to `True`):
+                Only the main process writes.
+            state_dict (`dict[str, torch.Tensor]`, *optional*):
+                Weights to save instead of the model's own, as FSDP and DeepSpeed gather them.
+            dtype (`torch.dtype`, *optional*):
+                Stores the tensors in this dtype, for example `torch.bfloat16` for publishing.
+        """
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        (folder / ADAPTER_FOLDER).mkdir(parents=True, exist_ok=True)
+
+        config = copy.deepcopy(self.config)
+        config.architectures = [type(self).__name__.removeprefix("FSDP")]
+        config.text_config.__dict__.pop("quantization_config", None)
+        config.text_config._name_or_path = ""  # a path of this machine; `base_model_name_or_path` names the base
+        config.save_pretrained(folder)
+        self.generation_config.save_pretrained(folder)
+
+        def packed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {key: value.detach().to(device="cpu", dtype=dtype).contiguous() for key, value in tensors.items()}
+
+        save_file(packed(self._slots_state_dict(state_dict)), folder / SLOTS_FILE, metadata={"format": "pt"})
+        inner = state_dict and {
+            key.removeprefix("language_model."): value
+            for key, value in state_dict.items()
+            if key.startswith("language_model.")
+        }
+        adapter = get_peft_model_state_dict(self.language_model, state_dict=inner, adapter_name=ADAPTER)
+        save_file(
+            {f"base_model.model.{key}": value for key, value in packed(adapter).items()},
+            folder / ADAPTER_FOLDER / "adapter_model.safetensors",
+            metadata={"format": "pt"},
+        )
+        adapter_config = copy.deepcopy(self.language_model.peft_config[ADAPTER])
+        adapter_config.base_model_name_or_path = self.config.base_model_name_or_path
+        adapter_config.inference_mode = True
+        adapter_config.save_pretrained(folder / ADAPTER_FOLDER)
+        if self._tokenizer is not None:
+            self._tokenizer.save_pretrained(folder)
+
+    def _slots_state_dict(self, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        names = ("memory_embeddings", "task_embeddings")
+        return {name: state_dict[name] if state_dict else getattr(self, name) for name in names}
+
+    def _make_trainable(self, trainable: bool) -> None:
+        base_dtype = self.language_model.get_input_embeddings().weight.dtype
+        for parameter in self.trainable_parameters().values():
+            parameter.requires_grad_(trainable)
+            parameter.data = parameter.data.to(torch.float32 if trainable else base_dtype)
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """What training changes, by name: the adapter's matrices, `memory_embeddings` and `task_embeddings`."""
+        return {name: parameter for name, parameter in self.named_parameters() if _is_icae_parameter(name)}
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer, loaded when first needed."""
+        if self._tokenizer is None:
+            source = self.name_or_path if os.path.isdir(self.name_or_path) else self.language_model.name_or_path
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(source)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"Expected a tokenizer at {source!r}, found none ({error}); set `model.tokenizer` or give token "
+                    "ids."
+                ) from error
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of base, adapter, memory embeddings and configuration: which model a memory belongs to."""
+        parameters = self.trainable_parameters()
+        versions = tuple((id(parameter), parameter._version) for parameter in parameters.values())
+        if self._fingerprint is None or self._fingerprint[0] != versions:
+            kind = [self.config.memory_type, self.config.encoder_layout, self.config.lora_alpha]
+            digest = hashlib.sha256(json.dumps([self.config.base_model_fingerprint, *kind]).encode())
+            for name, parameter in parameters.items():
+                if name != "task_embeddings":  # the decoder's; the slots do not depend on it
+                    digest.update(parameter.detach().bfloat16().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            self._fingerprint = versions, digest.hexdigest()[:16]
+        return self._fingerprint[1]
+
+    # ------------------------------------------------------------------------------------------------- adapter, modes
+
+    @contextmanager
+    def adapter(self, enabled: bool) -> Iterator[None]:
+        """Switches the encoder's adapter on or off for a block, and back whatever happens in it."""
+        before = [layer._disable_adapters for layer in self._lora_layers]
+        # Only the flag: PEFT's `disable_adapters()` also flips requires_grad, which would lose the gradients.
+        for layer in self._lora_layers:
+            layer._disable_adapters = not enabled
+        try:
+            yield
+        finally:
+            for layer, disabled in zip(self._lora_layers, before, strict=True):
+                layer._disable_adapters = disabled
+
+    @property
+    def adapter_enabled(self) -> bool:
+        """Whether the adapter is on; at rest it is off."""
+        return not self._lora_layers[0]._disable_adapters
+
+    def train(self, mode: bool = True) -> Self:
+        """Only the adapter's dropout ever trains: the frozen base stays in eval mode."""
+        super().train(mode)
+        self.language_model.eval()
+        for layer in self._lora_layers:
+            layer.lora_dropout.train(mode)
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, every_n_layers=1):
+        layers = [module for module in self.language_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        for index, layer in enumerate(layers):
+            layer.__dict__.pop("forward", None)
+            if enable and index % every_n_layers == 0:
+                layer.forward = checkpointed_forward(self, layer.forward, index, gradient_checkpointing_func)
+
+
+def _is_icae_parameter(name: str) -> bool:
+    return name in ("memory_embeddings", "task_embeddings") or ".lora_" in name
+
+
+def _without_effect(config: ICAEConfig) -> str | None:
+    """Modules, as a regular expression, whose adapter could not change a slot: keys and values of the last layer are
+    made before that layer's queries, output and feed-forward block."""
+    if config.memory_type == "hidden_states":
+        return None
+    makes_keys_or_values = "k_proj|v_proj|qkv|query_key_value|c_attn"
+    return rf".*\.{config.text_config.num_hidden_layers - 1}\.(?!.*({makes_keys_or_values})).*"
+
+
+def _load_base(name: str, **kwargs) -> PreTrainedModel:
+    if not name:
+        raise ValueError("Expected the name or folder of a base model, got none; pass `base_model`.")
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    except OSError as error:
+        raise ValueError(
+            f"Expected a base model at {name!r}, found none ({error}). Pass `base_model`, the folder or Hub id of the "
+            "language model that this ICAE extends."
+        ) from error
+
+
+def _check_base(base: PreTrainedModel) -> None:
+    if base.get_input_embeddings().weight.dtype == torch.float16:
+        raise ValueError(
+            "Expected a base in bfloat16 or float32, got float16, whose range the hidden states of language models "
+            "leave; load it with `dtype=torch.bfloat16`."
+        )
+
+
+def _base_fingerprint(base: PreTrainedModel) -> str | None:
+    """Digest of the norms and of some input embeddings, rounded to bfloat16: the same in every dtype that the base is
+    loaded in, and with quantised linear layers. `None` when weights are offloaded."""
+    embeddings = base.get_input_embeddings().weight
+    rows = embeddings[:: max(1, len(embeddings) // 64)]
+    parts = [rows, *(weight for weight in base.parameters() if weight.dim() == 1)]
+    if any(part.is_meta for part in parts):
+        return None
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.detach().bfloat16().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _load_safetensors(path: str | os.PathLike, name: str, **hub_kwargs) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(cached_file(str(path), name, **hub_kwargs))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"Expected an ICAE checkpoint with {name!r} at {str(path)!r}, but the file is missing or damaged "
+            f"({error}); save it again with `save_pretrained` or download it again."
+        ) from error
+
+
+__all__ = ["ICAEPreTrainedModel"]

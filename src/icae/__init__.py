@@ -1,0 +1,27 @@
+"""
+In-context Autoencoder: a compressed, reusable memory of long contexts for any Hugging Face causal language model.
+
+Importing the package registers it with transformers, so that `AutoConfig` and `AutoModel` know ICAE checkpoints.
+"""
+
+from importlib.metadata import version
+
+from transformers import AutoConfig, AutoModel
+
+from .configuration_icae import ICAEConfig
+from .embedded import EMBEDDED_CHECKPOINT, embedded_base
+from .modeling_icae import ICAEForConditionalGeneration, ICAEMemory, ICAEOutput
+
+
+__version__ = version("icae")
+__all__ = [
+    "EMBEDDED_CHECKPOINT",
+    "ICAEConfig",
+    "ICAEForConditionalGeneration",
+    "ICAEMemory",
+    "ICAEOutput",
+    "embedded_base",
+]
+
+AutoConfig.register("icae", ICAEConfig, exist_ok=True)
+AutoModel.register(ICAEConfig, ICAEForConditionalGeneration, exist_ok=True)

@@ -1,0 +1,13 @@
+"""The training stages of an ICAE, on TRL."""
+
+from .pretraining_config import ICAEPretrainingConfig
+from .pretraining_data import DataCollatorForICAEPretraining, prepare_pretraining_dataset
+from .pretraining_trainer import ICAEPretrainingTrainer
+
+
+__all__ = [
+    "DataCollatorForICAEPretraining",
+    "ICAEPretrainingConfig",
+    "ICAEPretrainingTrainer",
+    "prepare_pretraining_dataset",
+]

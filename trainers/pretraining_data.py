@@ -1,0 +1,126 @@
+"""
+From documents to pretraining samples.
+
+A document is cut, from its first token to its last, into contexts of whole spans; each context comes with the tokens
+that follow it. The cuts depend on the seed and the document's place in the data set only — not on workers, processes or
+what was read before — and every token is in exactly one context.
+"""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+
+AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
+
+
+def cut_document(
+    ids: list[int],
+    rng: np.random.Generator,
+    *,
+    span_length: int,
+    max_spans: int,
+    short_share: float,
+    continuation_length: int,
+) -> list[tuple[list[int], list[int]]]:
+    """
+    Cuts one document into `(context, continuation)` pairs.
+
+    Example:
+
+    ```python
+    >>> rng = np.random.default_rng(0)
+    >>> cut_document([1, 2, 3, 4, 5, 6, 7], rng, span_length=4, max_spans=1, short_share=0, continuation_length=2)
+    [([1, 2, 3, 4], [5, 6]), ([5, 6, 7], [])]
+    ```
+    """
+    samples, start = [], 0
+    while start < len(ids):
+        length = int(rng.integers(1, max_spans + 1)) * span_length
+        if rng.random() < short_share:
+            length = int(rng.integers(1, length + 1))
+        end = min(start + length, len(ids))
+        samples.append((ids[start:end], ids[end : end + continuation_length]))
+        start = end
+    return samples
+
+
+def prepare_pretraining_dataset(
+    dataset: AnyDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    span_length: int,
+    max_spans: int = 2,
+    short_share: float = 0.1,
+    continuation_length: int = 32,
+    seed: int = 0,
+    text_column: str = "text",
+) -> AnyDataset:
+    """
+    Turns a data set of documents, in memory or streamed, into one with the columns `context_ids`, `continuation_ids`
+    and `length` (tokens of the context).
+
+    Names of control tokens in a document stay text. Contexts without a continuation (the ends of documents) are kept;
+    they train autoencoding only.
+
+    Raises:
+        `ValueError`: if `text_column` is missing.
+    """
+    columns = dataset.column_names
+    if columns is not None and text_column not in columns:
+        raise ValueError(f"Expected a column {text_column!r} with documents, got {columns}; set `text_column`.")
+
+    def cut(batch: dict, indices: list[int]) -> dict[str, list]:
+        documents = tokenizer(batch[text_column], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        samples = []
+        for index, ids in zip(indices, documents, strict=True):
+            samples += cut_document(
+                ids,
+                np.random.default_rng([seed, index]),
+                span_length=span_length,
+                max_spans=max_spans,
+                short_share=short_share,
+                continuation_length=continuation_length,
+            )
+        return {
+            "context_ids": [context for context, _ in samples],
+            "continuation_ids": [continuation for _, continuation in samples],
+            "length": [len(context) for context, _ in samples],
+        }
+
+    return dataset.map(cut, batched=True, with_indices=True, batch_size=64, remove_columns=columns)
+
+
+@dataclass
+class DataCollatorForICAEPretraining:
+    """
+    Pads contexts and continuations on the right.
+
+    Example:
+
+    ```python
+    >>> collator = DataCollatorForICAEPretraining()
+    >>> collator([dict(context_ids=[7, 8, 9], continuation_ids=[5]), dict(context_ids=[4, 3], continuation_ids=[])])
+    {'context_ids': tensor([[7, 8, 9], [4, 3, 0]]),
+     'context_mask': tensor([[True, True, True], [True, True, False]]),
+     'continuation_ids': tensor([[5], [0]]),
+     'continuation_mask': tensor([[True], [False]])}
+    ```
+
+    A batch without any continuation has no `continuation_ids`.
+    """
+
+    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        batch = {}
+        for name in ("context", "continuation"):
+            rows = [torch.as_tensor(sample[f"{name}_ids"], dtype=torch.long) for sample in samples]
+            lengths = torch.tensor([len(row) for row in rows])
+            if lengths.max() > 0:
+                batch[f"{name}_ids"] = pad_sequence(rows, batch_first=True)
+                batch[f"{name}_mask"] = torch.arange(int(lengths.max())) < lengths[:, None]
+        return batch
