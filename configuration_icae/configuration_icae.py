@@ -2,7 +2,7 @@
 """Configuration of an In-context Autoencoder (ICAE, arXiv 2307.06945) around any decoder-only language model."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -90,7 +90,7 @@ class ICAEConfig(PreTrainedConfig):
     ):
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
-        self.text_config = text_config
+        self.text_config: Any = text_config
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
         self.base_model_fingerprint = base_model_fingerprint
@@ -143,9 +143,9 @@ class ICAEConfig(PreTrainedConfig):
 
     def slots_for(self, num_tokens: int) -> int:
         """Number of slots of one span of `num_tokens` tokens."""
-        if self.num_memory_slots is not None:
-            return min(num_tokens, self.num_memory_slots)
-        return math.ceil(num_tokens / self.compression_ratio)
+        if self.compression_ratio is not None:
+            return math.ceil(num_tokens / self.compression_ratio)
+        return min(num_tokens, cast(int, self.num_memory_slots))
 
     def _check(self) -> None:
         def expect(condition: bool, message: str) -> None:
@@ -171,7 +171,7 @@ class ICAEConfig(PreTrainedConfig):
                 f"Expected `compression_ratio` of at least 1 token per slot, got {self.compression_ratio}; "
                 "more slots than tokens compress nothing.",
             )
-        else:
+        if self.num_memory_slots is not None:
             expect(
                 1 <= self.num_memory_slots <= self.span_length,
                 f"Expected `num_memory_slots` between 1 and `span_length` ({self.span_length}), got "

@@ -71,7 +71,7 @@ def replay(seen: Counter) -> Callable[[], None]:
 def icae_step(arguments) -> tuple[Callable[[], None], ICAEForConditionalGeneration]:
     """One training step of this package."""
     config = ICAEConfig(span_length=arguments.span_length, memory_type=arguments.memory_type)
-    # The eager attention of transformers trains faster on a CPU than torch's fused kernel, whose backward pass is slow.
+    # On a CPU, transformers' eager attention trains faster than torch's fused kernel, whose backward pass is slow.
     model = ICAEForConditionalGeneration.from_base(arguments.base, config, attn_implementation="eager")
     model.train()
     optimizer = torch.optim.AdamW(model.trainable_parameters().values(), lr=1e-4, fused=True)
@@ -125,7 +125,7 @@ def random_ids(arguments, vocabulary: int) -> torch.Tensor:
 def time_in_turn(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
     """Median seconds of each step. The steps take turns, so that a busy machine slows all of them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for name, step in steps.items():
+    for step in steps.values():
         step()
     for _ in range(repeats):
         for name, step in steps.items():

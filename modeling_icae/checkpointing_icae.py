@@ -19,7 +19,7 @@ class LayerView:
 
     def update(self, keys, values, *args, **kwargs):
         self.new_keys, self.new_values = keys, values
-        if self.keys is not None:
+        if self.keys is not None and self.values is not None:
             keys, values = torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
         return keys, values
 

@@ -50,18 +50,18 @@ class ICAEOutput(ModelOutput):
             For each task, the loss at each target token, of shape `(batch_size, target_length)`; 0 at padding.
         token_masks (`dict[str, torch.BoolTensor]`):
             For each task, where `token_losses` has a target, of the same shape.
-        token_correct (`dict[str, torch.BoolTensor]`, *optional*):
-            For each task, where the most likely token is the target (teacher forcing); only in eval mode.
+        token_correct (`dict[str, torch.BoolTensor]`):
+            For each task, where the most likely token is the target (teacher forcing); empty in train mode.
         memory ([`ICAEMemory`]):
             The memory that the losses were read from.
     """
 
-    loss: torch.Tensor | None = None
-    task_losses: dict[str, torch.Tensor] | None = None
-    token_losses: dict[str, torch.Tensor] | None = None
-    token_masks: dict[str, torch.Tensor] | None = None
-    token_correct: dict[str, torch.Tensor] | None = None
-    memory: ICAEMemory | None = None
+    loss: torch.Tensor = None  # type: ignore[assignment]  # ModelOutput wants defaults
+    task_losses: dict[str, torch.Tensor] = None  # type: ignore[assignment]
+    token_losses: dict[str, torch.Tensor] = None  # type: ignore[assignment]
+    token_masks: dict[str, torch.Tensor] = None  # type: ignore[assignment]
+    token_correct: dict[str, torch.Tensor] = None  # type: ignore[assignment]
+    memory: ICAEMemory = None  # type: ignore[assignment]
 
 
 @dataclass
@@ -294,14 +294,14 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        context_ids: torch.LongTensor | None = None,
+        context_ids: torch.Tensor | None = None,
         context_mask: torch.Tensor | None = None,
         memory: ICAEMemory | None = None,
-        continuation_ids: torch.LongTensor | None = None,
+        continuation_ids: torch.Tensor | None = None,
         continuation_mask: torch.Tensor | None = None,
-        prompt_ids: torch.LongTensor | None = None,
+        prompt_ids: torch.Tensor | None = None,
         prompt_mask: torch.Tensor | None = None,
-        response_ids: torch.LongTensor | None = None,
+        response_ids: torch.Tensor | None = None,
         response_mask: torch.Tensor | None = None,
         autoencoding_weight: float | None = None,
         continuation_weight: float | None = None,
@@ -335,45 +335,48 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         Returns:
             [`ICAEOutput`]
         """
-        if context_ids is None and memory is None:
-            raise ValueError(
-                "Expected `context_ids` or `memory`, got neither. An ICAE is no plain language model: for the frozen "
-                "base call `model.language_model`."
-            )
         if (response_ids is None) != (prompt_ids is None):
             raise ValueError("Expected `prompt_ids` and `response_ids` together, got only one of them.")
         if context_ids is not None:
             context_ids, context_mask = _left_justify(context_ids, context_mask)
         if memory is None:
+            if context_ids is None:
+                raise ValueError(
+                    "Expected `context_ids` or `memory`, got neither. An ICAE is no plain language model: for the "
+                    "frozen base call `model.language_model`."
+                )
             memory = self._compress(context_ids, context_mask, span_length)
-        has_response, has_continuation = response_ids is not None, continuation_ids is not None
         if autoencoding_weight is None:
-            autoencoding_weight = 0.0 if has_response else 0.5 if has_continuation else 1.0
+            autoencoding_weight = 0.0 if response_ids is not None else 0.5 if continuation_ids is not None else 1.0
         if continuation_weight is None:
-            continuation_weight = 1.0 if has_response else 1.0 - autoencoding_weight
+            continuation_weight = 1.0 if response_ids is not None else 1.0 - autoencoding_weight
 
         texts, weights = {}, {}
         if autoencoding_weight > 0:
-            if context_ids is None:
+            if context_ids is None or context_mask is None:
                 raise ValueError("Expected `context_ids`, the target of autoencoding, beside `memory`; got None.")
             texts["autoencoding"] = self._autoencoding_text(context_ids, context_mask)
             weights["autoencoding"] = autoencoding_weight
-        if has_continuation:
+        if continuation_ids is not None:
             texts["continuation"] = self._continuation_text(*_left_justify(continuation_ids, continuation_mask))
             weights["continuation"] = continuation_weight
-        if has_response:
+        if response_ids is not None:
             texts["instruction"] = self._instruction_text(prompt_ids, prompt_mask, response_ids, response_mask)
             weights["instruction"] = 1.0
 
-        scores = {task: self._score(memory, task, text) for task, text in texts.items()}
-        masks = {task: text.label_mask for task, text in texts.items()}
-        task_losses = {task: losses.sum() / masks[task].sum() for task, (losses, _) in scores.items()}
+        task_losses, token_losses, token_correct = {}, {}, {}
+        for task, text in texts.items():
+            losses, correct = self._score(memory, task, text)
+            task_losses[task] = losses.sum() / text.label_mask.sum()
+            token_losses[task] = losses.detach()
+            if correct is not None:
+                token_correct[task] = correct
         return ICAEOutput(
-            loss=sum(weights[task] * task_losses[task] for task in texts),
+            loss=torch.stack([weights[task] * loss for task, loss in task_losses.items()]).sum(),
             task_losses=task_losses,
-            token_losses={task: losses.detach() for task, (losses, _) in scores.items()},
-            token_masks=masks,
-            token_correct=None if self.training else {task: correct for task, (_, correct) in scores.items()},
+            token_losses=token_losses,
+            token_masks={task: text.label_mask for task, text in texts.items()},
+            token_correct=token_correct,
             memory=memory,
         )
 
@@ -486,7 +489,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                 "`task='autoencoding'` or `reconstruct` to read a memory back without one."
             )
         if memory is None:
-            memory = self.compress(context)
+            memory = self.compress(context)  # type: ignore[arg-type]  # one of the two is given
         self._check_memory(memory)
 
         generation_config = copy.deepcopy(generation_config or self.generation_config)
@@ -496,7 +499,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
 
         cache, memory_mask, end = self._open(memory, self._prefix(task), task)
         if task == "instruction":
-            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
             if not prompts:
                 raise ValueError("Expected at least one prompt, got an empty list.")
             ids, mask = _pad_left(self.encode_prompts(prompts), device=end.device)
@@ -537,17 +540,13 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             return output
         return output[:, given:]
 
-    def reconstruct(
-        self, memory: ICAEMemory | str | list[str] | torch.Tensor, *, return_ids: bool = False, **kwargs
-    ) -> list[str] | torch.Tensor:
+    def reconstruct(self, memory: ICAEMemory | str | list[str] | torch.Tensor, **kwargs) -> list[str]:
         """
         Writes the compressed contexts out again: the autoencoding task (paper, section 2.2.1), greedy by default.
 
         Args:
             memory ([`ICAEMemory`] or anything that [`~ICAEForConditionalGeneration.compress`] takes):
                 What to read back.
-            return_ids (`bool`, *optional*, defaults to `False`):
-                Whether to return token ids, padded on the right, instead of texts.
             kwargs:
                 Arguments of [`~ICAEForConditionalGeneration.generate`].
         """
@@ -555,7 +554,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             memory = self.compress(memory)
         kwargs = {"do_sample": False, "max_new_tokens": int(memory.num_tokens.max()) + 1} | kwargs
         ids = self.generate(memory=memory, task="autoencoding", **kwargs)
-        return ids if return_ids else self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     # ------------------------------------------------------------------------------------------------- text and checks
 
@@ -618,7 +617,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             ids = pad_sequence(rows, batch_first=True)
             lengths = torch.tensor([len(row) for row in rows], device=device)
             mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-        vocabulary = self.get_input_embeddings().num_embeddings
+        vocabulary = self.language_model.get_input_embeddings().num_embeddings
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
             raise ValueError(
                 f"Expected token ids from 0 to {vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}; tokenize "

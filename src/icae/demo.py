@@ -1,0 +1,120 @@
+"""`icae demo`: what comes back from a memory, passage by passage."""
+
+import difflib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from .modeling_icae import ICAEForConditionalGeneration, ICAEMemory
+
+
+def run_demo(
+    model: ICAEForConditionalGeneration,
+    *,
+    reload: Callable[[], ICAEForConditionalGeneration],
+    max_passages: int | None = None,
+    json_file: str | None = None,
+) -> list[dict[str, Any]]:
+    """
+    Compresses the packaged passages, writes them out again and shows both with the differences marked; then saves the
+    memories, loads them into a second instance of the model and checks that they read the same.
+
+    Args:
+        model ([`ICAEForConditionalGeneration`]): the model.
+        reload (`Callable`): makes the second instance.
+        max_passages (`int`, *optional*): show only the first ones.
+        json_file (`str`, *optional*): where to write the numbers.
+
+    Raises:
+        `RuntimeError`: if a memory reads differently after saving and loading.
+    """
+    passages = json.loads(files("icae").joinpath("data/passages.json").read_text(encoding="utf-8"))[:max_passages]
+    results, memories = [], []
+    for passage in passages:
+        ids = torch.tensor(tokenize(model, passage["text"]))[None]
+        start = time.perf_counter()
+        memory = model.compress(passage["text"])
+        compressed = time.perf_counter()
+        text = model.reconstruct(memory)[0]
+        done = time.perf_counter()
+        found = tokenize(model, text)
+        matches = difflib.SequenceMatcher(None, ids[0].tolist(), found, autojunk=False)
+        result = {
+            "kind": passage["kind"],
+            "tokens": int(memory.num_tokens),
+            "slots": int(memory.num_slots),
+            "memory_bytes": memory.nbytes,
+            "full_cache_bytes": full_cache_bytes(model, ids),
+            "compress_seconds": compressed - start,
+            "reconstruct_seconds": done - compressed,
+            "tokens_kept": sum(block.size for block in matches.get_matching_blocks()) / ids.shape[1],
+            "original": passage["text"],
+            "reconstruction": text,
+        }
+        show(result)
+        results.append(result)
+        memories.append(memory)
+
+    print("Saving the memories, loading them into a second instance of the model, reading them again …")
+    second = reload()
+    with tempfile.TemporaryDirectory() as folder:
+        for result, memory in zip(results, memories, strict=True):
+            path = Path(folder) / "memory.safetensors"
+            memory.save(path)
+            if second.reconstruct(ICAEMemory.load(path))[0] != result["reconstruction"]:
+                raise RuntimeError(f"The memory of the passage {result['kind']!r} reads differently after loading.")
+    kept = sum(result["tokens_kept"] * result["tokens"] for result in results)
+    tokens = sum(result["tokens"] for result in results)
+    print(f"All {len(results)} read the same. {kept / tokens:.0%} of {tokens} tokens came back.")
+    if json_file:
+        Path(json_file).write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return results
+
+
+def tokenize(model: ICAEForConditionalGeneration, text: str) -> list[int]:
+    """The token ids that `compress` sees."""
+    return model.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+@torch.no_grad()
+def full_cache_bytes(model: ICAEForConditionalGeneration, ids: torch.Tensor) -> int:
+    """Bytes of the key-value cache that the base needs for the whole text, measured."""
+    cache = DynamicCache()
+    model.language_model.base_model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True)
+    return sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints one passage beside its reconstruction."""
+    ratio = result["full_cache_bytes"] / result["memory_bytes"]
+    print(
+        f"── {result['kind']} ── {result['tokens']} tokens -> {result['slots']} slots, "
+        f"{result['memory_bytes']:,} of {result['full_cache_bytes']:,} bytes ({ratio:.1f}x smaller), "
+        f"compressed in {result['compress_seconds']:.2f} s, written out in {result['reconstruct_seconds']:.1f} s, "
+        f"{result['tokens_kept']:.0%} of the tokens came back"
+    )
+    original, reconstruction = mark_differences(result["original"], result["reconstruction"], sys.stdout.isatty())
+    print(f"original:\n{original}\nreconstruction:\n{reconstruction}\n")
+
+
+def mark_differences(original: str, reconstruction: str, color: bool) -> tuple[str, str]:
+    """Both texts with the words marked that the other one lacks: in colour, or in [brackets]."""
+    left, right = original.split(" "), reconstruction.split(" ")
+    marks = ("\033[31m", "\033[0m"), ("\033[33m", "\033[0m")
+    if not color:
+        marks = ("[", "]"), ("[", "]")
+    words: tuple[list[str], list[str]] = ([], [])
+    for kind, i1, i2, j1, j2 in difflib.SequenceMatcher(None, left, right, autojunk=False).get_opcodes():
+        for side, part, (opening, closing) in zip(words, (left[i1:i2], right[j1:j2]), marks, strict=True):
+            if part:
+                joined = " ".join(part)
+                side.append(joined if kind == "equal" else f"{opening}{joined}{closing}")
+    return " ".join(words[0]), " ".join(words[1])

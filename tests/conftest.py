@@ -1,0 +1,74 @@
+"""Everything the tests need is made here, in process and seeded: no test uses the network."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import logging
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers import logging as transformers_logging
+
+from icae import ICAEConfig, ICAEForConditionalGeneration
+from tiny import TEMPLATE, VOCABULARY, make_base
+
+
+class _Deprecations(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecated" in record.getMessage():
+            raise AssertionError(f"deprecated: {record.getMessage()}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _strict():
+    """One thread, and transformers' deprecation warnings are failures."""
+    torch.set_num_threads(1)
+    transformers_logging.get_logger("transformers").addHandler(_Deprecations())
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character, a chat template, control tokens."""
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("(?m:.)"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        chat_template=TEMPLATE,
+    )
+
+
+@pytest.fixture
+def make_icae(tokenizer):
+    """Makes a tiny ICAE whose adapter already does something."""
+
+    def make(family: str = "llama", base=None, **config) -> ICAEForConditionalGeneration:
+        config = {"span_length": 16, "lora_r": 4, "lora_alpha": 8} | config
+        base = make_base(family) if base is None else base
+        torch.manual_seed(1)
+        model = ICAEForConditionalGeneration.from_base(base, ICAEConfig(**config), tokenizer=tokenizer)
+        with torch.no_grad():
+            for name, parameter in model.trainable_parameters().items():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def ragged():
+    """Ids and mask of four rows: two full spans and a half, half a span, one token more than a span, left-padded."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(5, len(VOCABULARY), (4, 40), generator=generator)
+    mask = torch.zeros(4, 40, dtype=torch.long)
+    mask[0, :], mask[1, :8], mask[2, :17], mask[3, 10:] = 1, 1, 1, 1
+    return ids, mask

@@ -1,0 +1,46 @@
+"""Tiny bases of several families and their vocabulary: one token per character."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+VOCABULARY = SPECIAL + [chr(code) for code in range(32, 127)] + ["\n"]
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SHARED = {
+    "vocab_size": len(VOCABULARY),
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.3,  # large, so that logits differ clearly
+}
+LLAMA_LIKE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "max_position_embeddings": 512,
+}
+FAMILIES = {
+    "llama": LLAMA_LIKE,
+    "mistral": LLAMA_LIKE | {"sliding_window": 64},
+    "qwen2": LLAMA_LIKE,
+    "qwen3": LLAMA_LIKE,
+    "gemma2": LLAMA_LIKE | {"sliding_window": 64, "query_pre_attn_scalar": 8},
+    "gemma3_text": LLAMA_LIKE | {"sliding_window": 64, "query_pre_attn_scalar": 8},
+    "phi": {k: v for k, v in LLAMA_LIKE.items() if k not in ("num_key_value_heads", "head_dim")},
+    "gpt_neox": {k: v for k, v in LLAMA_LIKE.items() if k not in ("num_key_value_heads", "head_dim")},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512},
+}
+
+
+def make_base(family: str = "llama", **overrides):
+    """A tiny, seeded base of one of `FAMILIES`."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **(SHARED | FAMILIES[family] | overrides))
+    return AutoModelForCausalLM.from_config(config).eval()
