@@ -604,13 +604,15 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                 context.to(device), None if attention_mask is None else attention_mask.to(device)
             )
         else:
-            if isinstance(context, str) or (context and isinstance(context[0], int)):
+            if isinstance(context, str):
                 context = [context]
             if not isinstance(context, list | tuple) or not context:
                 raise ValueError(
                     "Expected a context as str, list of str, or token ids, got "
                     f"{'an empty list' if isinstance(context, list | tuple) else type(context).__name__}."
                 )
+            if isinstance(context[0], int):
+                context = [context]
             if all(isinstance(text, str) for text in context):
                 context = self._tokenize_plain(list(context))
             rows = [torch.tensor(row, dtype=torch.long, device=device) for row in context]

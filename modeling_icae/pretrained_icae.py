@@ -182,6 +182,11 @@ class ICAEPreTrainedModel(PreTrainedModel):
         hub = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
         if not isinstance(config, PreTrainedConfig):  # the config of an AutoModel call may come from a twin module
             config = ICAEConfig.from_pretrained(path, **hub)
+            if config.text_config is None:
+                raise ValueError(
+                    f"Expected an ICAE checkpoint with 'config.json' at {path!r}, but there is none or it describes no "
+                    "base; give the folder or Hub id of a saved ICAE."
+                )
         if isinstance(base_model, PreTrainedModel):
             base = base_model
         else:

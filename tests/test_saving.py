@@ -1,0 +1,197 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
+
+from icae import ICAEConfig, ICAEForConditionalGeneration
+from tiny import make_base
+
+
+@pytest.fixture
+def base_folder(tmp_path, tokenizer):
+    folder = tmp_path / "base"
+    make_base().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=["key_values", "hidden_states"])
+def saved(request, make_icae, base_folder, tmp_path):
+    """A trained-looking model whose base lies in a folder, and the folder it is saved in."""
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    model = make_icae(base=base, memory_type=request.param)
+    model.save_pretrained(tmp_path / "icae")
+    return model, tmp_path / "icae"
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_slots_and_logits_are_bit_equal_after_loading(saved, ragged):
+    model, folder = saved
+    loaded = ICAEForConditionalGeneration.from_pretrained(folder)
+    assert torch.equal(loaded.compress(*ragged).slots, model.compress(*ragged).slots)
+    expected, found = model(*ragged), loaded(*ragged)
+    assert torch.equal(found.token_losses["autoencoding"], expected.token_losses["autoencoding"])
+    assert loaded.fingerprint == model.fingerprint
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert not loaded.training
+
+
+def test_only_adapter_slots_configuration_and_tokenizer_are_saved(saved):
+    _, folder = saved
+    assert files(folder) == {
+        "config.json",
+        "generation_config.json",
+        "icae_slots.safetensors",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
+    names = set(load_file(folder / "adapter" / "adapter_model.safetensors")) | set(
+        load_file(folder / "icae_slots.safetensors")
+    )
+    assert names and all("lora_" in name or name in ("memory_embeddings", "task_embeddings") for name in names)
+
+
+def test_the_configuration_names_the_base_and_no_other_path(saved, base_folder):
+    config = json.loads((saved[1] / "config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base_folder)
+    assert config["architectures"] == ["ICAEForConditionalGeneration"]
+    assert config["text_config"].get("_name_or_path", "") == ""
+    adapter = json.loads((saved[1] / "adapter" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(base_folder) and adapter["inference_mode"] is True
+
+
+def test_the_auto_classes_know_a_saved_model(saved, ragged):
+    model, folder = saved
+    assert isinstance(AutoConfig.from_pretrained(folder), ICAEConfig)
+    loaded = AutoModel.from_pretrained(folder)
+    assert torch.equal(loaded.compress(*ragged).slots, model.compress(*ragged).slots)
+
+
+def test_plain_peft_loads_the_same_encoder(saved, base_folder, ragged):
+    from transformers import AutoModelForCausalLM
+
+    model, folder = saved
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), folder, subfolder="adapter")
+    with model.adapter(True):
+        expected = model.language_model(ragged[0]).logits
+    assert torch.equal(peft(ragged[0]).logits, expected)
+
+
+def test_a_loaded_model_can_be_saved_again_in_bfloat16(saved, tmp_path, ragged):
+    _, folder = saved
+    loaded = ICAEForConditionalGeneration.from_pretrained(folder)
+    loaded.save_pretrained(tmp_path / "again", dtype=torch.bfloat16)
+    assert {"config.json", "icae_slots.safetensors"} <= files(tmp_path / "again") <= files(folder)
+    again = load_file(tmp_path / "again" / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in again.values()} == {torch.bfloat16}
+    reloaded = ICAEForConditionalGeneration.from_pretrained(tmp_path / "again", dtype=torch.bfloat16)
+    assert reloaded.compress(*ragged).slots.dtype == torch.bfloat16
+
+
+def test_a_trainable_model_keeps_its_weights_in_float32(saved):
+    loaded = ICAEForConditionalGeneration.from_pretrained(saved[1], is_trainable=True, dtype=torch.bfloat16)
+    assert loaded.language_model.dtype == torch.bfloat16
+    for parameter in loaded.trainable_parameters().values():
+        assert parameter.requires_grad and parameter.dtype == torch.float32
+
+
+def test_a_given_state_dict_is_saved_in_place_of_the_weights(saved, tmp_path):
+    model, _ = saved
+    state = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "zeros", state_dict=state)
+    tensors = load_file(tmp_path / "zeros" / "adapter" / "adapter_model.safetensors")
+    tensors |= load_file(tmp_path / "zeros" / "icae_slots.safetensors")
+    assert all((tensor == 0).all() for tensor in tensors.values())
+
+
+def test_weights_can_be_loaded_in_place(saved, ragged):
+    model, folder = saved
+    expected = model.compress(*ragged)
+    with torch.no_grad():
+        for parameter in model.trainable_parameters().values():
+            parameter.add_(1)
+    assert model.fingerprint != expected.fingerprint
+    model.load_icae_weights(folder)
+    found = model.compress(*ragged)
+    assert torch.equal(found.slots, expected.slots) and found.fingerprint == expected.fingerprint
+
+
+def test_the_base_is_found_by_a_given_path_or_model(saved, ragged):
+    model, folder = saved
+    config = json.loads((folder / "config.json").read_text())
+    config["base_model_name_or_path"] = "nobody/nothing"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="Expected a base model at 'nobody/nothing', found none"):
+        ICAEForConditionalGeneration.from_pretrained(folder)
+    loaded = ICAEForConditionalGeneration.from_pretrained(folder, base_model=make_base())
+    assert torch.equal(loaded.compress(*ragged).slots, model.compress(*ragged).slots)
+
+
+def test_another_base_is_refused_unless_the_user_insists(saved):
+    other = make_base()
+    with torch.no_grad():
+        other.model.norm.weight.add_(1)
+    with pytest.raises(ValueError, match=r"Expected the base model .*\(fingerprint .*\), got .*\(fingerprint"):
+        ICAEForConditionalGeneration.from_pretrained(saved[1], base_model=other)
+    ICAEForConditionalGeneration.from_pretrained(saved[1], base_model=other, verify_base=False)
+
+
+def test_the_base_s_fingerprint_is_the_same_in_every_dtype(make_icae):
+    base = make_base().bfloat16()
+    fingerprint = make_icae(base=base).config.base_model_fingerprint
+    assert make_icae(base=make_base().bfloat16().float()).config.base_model_fingerprint == fingerprint
+
+
+def drop(path):
+    path.unlink()
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+@pytest.mark.parametrize("damage", [drop, truncate])
+@pytest.mark.parametrize("name", ["icae_slots.safetensors", "adapter/adapter_model.safetensors"])
+def test_a_missing_or_damaged_file_is_named(saved, name, damage):
+    damage(saved[1] / name)
+    with pytest.raises(ValueError, match=f"Expected an ICAE checkpoint with '{name}'"):
+        ICAEForConditionalGeneration.from_pretrained(saved[1])
+
+
+def test_missing_left_over_and_misshapen_tensors_are_refused(saved):
+    model, folder = saved
+    path = folder / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    for change in ({name: None}, {"more": torch.zeros(1)}, {name: torch.zeros(3, 3)}):
+        changed = {key: value for key, value in (tensors | change).items() if value is not None}
+        save_file(changed, path)
+        with pytest.raises(ValueError, match="1 are missing, left over or of another shape"):
+            model.load_icae_weights(folder)
+
+
+def test_a_saved_embedded_size_checkpoint_stays_small(make_icae):
+    """The adapter of the default rank on a base of the shape of SmolLM2-135M, in bfloat16: at most 20 MB."""
+    with torch.device("meta"):
+        base = make_base(
+            hidden_size=576,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            head_dim=64,
+            intermediate_size=1536,
+        )
+        model = ICAEForConditionalGeneration.from_base(base, ICAEConfig())
+    assert sum(parameter.numel() for parameter in model.trainable_parameters().values()) * 2 <= 20e6
