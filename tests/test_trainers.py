@@ -1,0 +1,265 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from peft import LoraConfig
+
+from icae import ICAEForConditionalGeneration
+from icae.trainers import ICAEPretrainingConfig, ICAEPretrainingTrainer
+from tiny import make_base
+
+
+SENTENCES = [
+    "The lighthouse keeper had not spoken to anyone since October.",
+    "A train to the north leaves at ten minutes to nine, always late.",
+    "When a star runs out of hydrogen, its core contracts and heats up.",
+    "Der Garten hinter der Mauer war seit vielen Jahren leer geblieben.",
+]
+DOCUMENTS = Dataset.from_dict({"text": [sentence * 3 for sentence in SENTENCES]})
+
+
+@pytest.fixture
+def make_trainer(make_icae, tmp_path):
+    def make(folder="run", model=None, **options):
+        defaults = {
+            "output_dir": str(tmp_path / folder),
+            "per_device_train_batch_size": 4,
+            "max_steps": 6,
+            "learning_rate": 1e-2,
+            "warmup_steps": 0,
+            "logging_steps": 1,
+            "save_steps": 3,
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "continuation_length": 4,
+            "eval_reconstructions": 2,
+            "seed": 3,
+        }
+        args = ICAEPretrainingConfig(**(defaults | options))
+        return ICAEPretrainingTrainer(model or make_icae(lora_dropout=0.1), args, DOCUMENTS, DOCUMENTS)
+
+    return make
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.trainable_parameters().items()}
+
+
+def test_training_moves_all_that_is_trained_and_nothing_else(make_trainer, make_icae):
+    base = make_base()
+    frozen = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = make_icae(base=base)
+    before = weights(model)
+    make_trainer(model=model).train()
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
+    after = {name.replace(".base_layer", ""): tensor for name, tensor in base.state_dict().items()}
+    assert all(torch.equal(after[name], tensor) for name, tensor in frozen.items())
+
+
+def test_a_resumed_run_equals_an_unbroken_one(make_trainer):
+    unbroken = make_trainer("unbroken")
+    unbroken.train()
+    resumed = make_trainer("resumed")
+    resumed.train(resume_from_checkpoint=str(Path(unbroken.args.output_dir) / "checkpoint-3"))
+    assert losses(resumed) == losses(unbroken)
+    for name, tensor in weights(resumed.model).items():
+        assert torch.equal(tensor, weights(unbroken.model)[name]), name
+    assert resumed.state.num_input_tokens_seen == unbroken.state.num_input_tokens_seen
+
+
+def test_checkpoints_hold_the_adapter_and_slots_but_not_the_base(make_trainer):
+    trainer = make_trainer()
+    trainer.train()
+    checkpoint = Path(trainer.args.output_dir) / "checkpoint-6"
+    assert (checkpoint / "adapter" / "adapter_model.safetensors").exists()
+    assert (checkpoint / "icae_slots.safetensors").exists()
+    assert not list(checkpoint.glob("model*.safetensors"))
+    loaded = ICAEForConditionalGeneration.from_pretrained(checkpoint, base_model=make_base())
+    assert loaded.fingerprint == trainer.model.fingerprint
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(make_trainer):
+    trainer = make_trainer(
+        eval_strategy="steps",
+        eval_steps=3,
+        load_best_model_at_end=True,
+        metric_for_best_model="ae_loss",
+        greater_is_better=True,  # so that the first one, the worse one, is the best
+    )
+    trainer.train()
+    best = ICAEForConditionalGeneration.from_pretrained(
+        Path(trainer.args.output_dir) / "checkpoint-3", base_model=make_base()
+    )
+    assert trainer.model.fingerprint == best.fingerprint
+
+
+def test_training_logs_what_decides_whether_it_works(make_trainer):
+    trainer = make_trainer(max_steps=2)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    names = {"ae_loss", "lm_loss", "slot_norm", "num_tokens"}
+    assert names | {"grad_norm_adapter", "grad_norm_slots", "grad_norm_tasks"} <= set(entry)
+    assert all(entry[name] > 0 for name in names)
+    assert trainer.state.log_history[1]["num_tokens"] > entry["num_tokens"]
+
+
+def test_evaluation_reports_the_control_and_real_reconstructions(make_trainer):
+    trainer = make_trainer()
+    metrics = trainer.evaluate()
+    logged = trainer.state.log_history[-1]
+    for name in ("ae_loss", "ae_accuracy", "ae_accuracy_quarter_4", "lm_loss", "ae_loss_other_text", "bleu"):
+        assert f"eval_{name}" in logged
+    assert "eval_exact_prefix" in logged and "eval_loss" in metrics
+    batch = next(iter(trainer.get_eval_dataloader()))
+    model = trainer.model.eval()
+    with torch.no_grad():
+        output = model(**batch)
+        other = model(**batch, memory=output.memory[[*range(1, len(output.memory)), 0]])
+    assert other.task_losses["autoencoding"] != output.task_losses["autoencoding"]
+
+
+def test_a_second_adapter_is_refused(make_icae, tmp_path):
+    args = ICAEPretrainingConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match=r"Expected no `peft_config`: an ICAE brings its own adapter"):
+        ICAEPretrainingTrainer(make_icae(), args, DOCUMENTS, peft_config=LoraConfig())
+
+
+def test_a_frozen_model_is_refused(make_icae, tmp_path):
+    model = make_icae()
+    model._make_trainable(False)
+    args = ICAEPretrainingConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match=r"Expected a trainable model.*is_trainable=True"):
+        ICAEPretrainingTrainer(model, args, DOCUMENTS)
+
+
+def test_packing_is_refused_with_the_reason(tmp_path):
+    with pytest.raises(ValueError, match="packed rows would share one memory"):
+        ICAEPretrainingConfig(output_dir=str(tmp_path), packing=True)
+
+
+def test_a_weight_outside_its_range_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"Expected `autoencoding_weight` in \(0, 1\], got 1.5"):
+        ICAEPretrainingConfig(output_dir=str(tmp_path), autoencoding_weight=1.5)
+
+
+def test_gradient_checkpointing_trains_to_the_same_weights(make_trainer, make_icae):
+    plain = make_trainer("plain", model=make_icae(), max_steps=2)
+    plain.train()
+    checkpointed = make_trainer("checkpointed", model=make_icae(), max_steps=2, gradient_checkpointing=True)
+    checkpointed.train()
+    for name, tensor in weights(checkpointed.model).items():
+        torch.testing.assert_close(tensor, weights(plain.model)[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture
+def command_line(tmp_path, tokenizer):
+    """A base, a data file and a configuration file on disk."""
+    make_base().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    DOCUMENTS.to_parquet(tmp_path / "train.parquet")
+    options = {
+        "base_model": str(tmp_path / "base"),
+        "dtype": "float32",
+        "train_files": [str(tmp_path / "train.parquet")],
+        "eval_files": [str(tmp_path / "train.parquet")],
+        "span_length": 16,
+        "lora_r": 4,
+        "output_dir": str(tmp_path / "run"),
+        "per_device_train_batch_size": 2,
+        "max_steps": 4,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "eval_samples": 4,
+        "eval_reconstructions": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "learning_rate": 1e-3,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.dump(options))
+    return tmp_path
+
+
+def test_icae_pretrain_runs_from_a_file_with_overrides_and_goes_on(command_line):
+    from icae.cli import main
+
+    config = ["pretrain", "--config", str(command_line / "config.yaml")]
+    assert main([*config, "--max_steps", "2"]) == 0
+    assert main([*config, "--resume", "true"]) == 0
+    history = json.loads((command_line / "run" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4]
+    assert any("eval_ae_loss" in entry for entry in history)
+    model = ICAEForConditionalGeneration.from_pretrained(command_line / "run")
+    assert model.config.span_length == 16
+
+
+def test_data_must_be_named(command_line, capsys):
+    from icae.cli import main
+
+    options = yaml.safe_load((command_line / "config.yaml").read_text()) | {"train_files": None, "eval_files": None}
+    (command_line / "config.yaml").write_text(yaml.dump(options))
+    assert main(["pretrain", "--config", str(command_line / "config.yaml")]) == 2
+    assert "Expected `dataset_name` or `train_files`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", ["paper", "cpu"])
+def test_the_presets_are_understood(preset, tmp_path):
+    from trl import TrlParser
+
+    from icae.trainers.pretrain import ICAEArguments, PretrainArguments
+
+    file = Path(__file__).parents[1] / "trainers" / "presets" / f"{preset}.yaml"
+    parser = TrlParser((PretrainArguments, ICAEArguments, ICAEPretrainingConfig))
+    _, icae, config = parser.parse_args_and_config(["--config", str(file), "--output_dir", str(tmp_path)])
+    assert icae.compression_ratio in (4, None) and config.max_steps > 0
+
+
+@pytest.mark.slow
+def test_two_processes_see_the_samples_of_one_and_learn_the_same(command_line):
+    """`accelerate launch` on the CPU with gloo: 2 processes x 1 row = 1 process x 2 rows."""
+    config = ["-m", "icae.trainers.pretrain", "--config", str(command_line / "config.yaml"), "--eval_strategy", "no"]
+    accelerate = Path(__file__).parents[1] / "examples" / "accelerate" / "cpu_2_processes.yaml"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(accelerate)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    histories = {}
+    for name, prefix, rows in (("one", [], 2), ("two", launch, 1)):
+        options = ["--output_dir", str(command_line / name), "--per_device_train_batch_size", str(rows)]
+        # Equal lengths, so that the mean over a batch is the mean of the means over its halves.
+        options += ["--max_spans", "1", "--short_share", "0", "--continuation_length", "0"]
+        command = [sys.executable, *prefix, *config, *options]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        state = json.loads((command_line / name / "trainer_state.json").read_text())
+        histories[name] = [entry for entry in state["log_history"] if "loss" in entry]
+    assert len(histories["two"]) == 4
+    for one, two in zip(histories["one"], histories["two"], strict=True):
+        assert one["num_tokens"] == two["num_tokens"]
+        assert one["loss"] == pytest.approx(two["loss"], abs=2e-3)
+
+
+@pytest.mark.slow
+def test_a_tiny_icae_memorises_four_sentences_and_reads_them_back(make_trainer, make_icae):
+    """Training works end to end: sentences come back from their slots, and not from another text's."""
+    torch.manual_seed(0)
+    model = make_icae(base=make_base(hidden_size=64), lora_r=32, lora_alpha=64, span_length=66)
+    options = {"max_steps": 500, "learning_rate": 3e-3, "max_grad_norm": 1.0, "logging_steps": 100}
+    trainer = make_trainer(model=model, continuation_length=0, max_spans=1, short_share=0, **options)
+    trainer.train_dataset = trainer.eval_dataset = trainer._prepare(
+        Dataset.from_dict({"text": SENTENCES}), model, trainer.args
+    )
+    trainer.train()
+    trainer.evaluate()
+    metrics = trainer.state.log_history[-1]
+    assert metrics["eval_ae_loss"] < 0.6 < 3 < metrics["eval_ae_loss_other_text"]
