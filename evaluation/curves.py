@@ -1,8 +1,8 @@
 """
 Learning curves of pretraining runs, side by side: `python -m icae.evaluation.curves RUN … --output results/NAME.json`.
 
-Reads `trainer_state.json`, `config.json` and `arguments.json` of each run and writes a JSON file and, beside it, a plot of
-the held-out autoencoding loss over context tokens, with the control — the loss with another text's slots — dashed.
+Reads `trainer_state.json` and `config.json` of each run and writes a JSON file and, beside it, a plot of the held-out
+autoencoding loss over context tokens, with the control — the loss with another text's slots — dashed.
 """
 
 import argparse
@@ -21,6 +21,7 @@ COLUMNS = (
     "eval_ae_loss_other_text",
     "eval_ae_accuracy",
     "eval_lm_loss",
+    "eval_lm_loss_other_text",
     "eval_bleu",
     "eval_exact_prefix",
 )

@@ -184,8 +184,8 @@ class ICAEPreTrainedModel(PreTrainedModel):
             config = ICAEConfig.from_pretrained(path, **hub)
             if config.text_config is None:
                 raise ValueError(
-                    f"Expected an ICAE checkpoint with 'config.json' at {path!r}, but there is none or it describes no "
-                    "base; give the folder or Hub id of a saved ICAE."
+                    f"Expected an ICAE checkpoint with 'config.json' at {path!r}, but there is none or it describes "
+                    "no base; give the folder or Hub id of a saved ICAE."
                 )
         if isinstance(base_model, PreTrainedModel):
             base = base_model
