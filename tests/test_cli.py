@@ -1,0 +1,95 @@
+import io
+import json
+import sys
+
+import pytest
+
+from icae import ICAEForConditionalGeneration, ICAEMemory
+from icae.cli import main
+from icae.demo import mark_differences
+from tiny import make_base
+
+
+TEXT = "The lighthouse keeper had not spoken to anyone since October."
+
+
+@pytest.fixture
+def options(make_icae, tokenizer, tmp_path):
+    """A saved model, and the options that name it."""
+    make_base().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    from transformers import AutoModelForCausalLM
+
+    make_icae(base=AutoModelForCausalLM.from_pretrained(tmp_path / "base")).save_pretrained(tmp_path / "icae")
+    return ["--model", str(tmp_path / "icae"), "--base", str(tmp_path / "base"), "--dtype", "float32"]
+
+
+@pytest.fixture
+def expected(options):
+    return ICAEForConditionalGeneration.from_pretrained(options[1]).reconstruct(TEXT)[0]
+
+
+def test_a_file_is_compressed_and_its_memory_reconstructed(options, expected, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    memory = str(tmp_path / "text.safetensors")
+    assert main(["compress", str(tmp_path / "text.txt"), "-o", memory, *options]) == 0
+    assert "61 tokens -> 16 slots" in capsys.readouterr().err
+    assert ICAEMemory.load(memory).spans == [[(4, 16), (4, 16), (4, 16), (4, 13)]]
+    assert main(["reconstruct", memory, *options]) == 0
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_a_text_is_compressed_and_reconstructed_in_one_go(options, expected, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert main(["reconstruct", str(tmp_path / "text.txt"), *options]) == 0
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_standard_input_is_a_text(options, expected, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(TEXT))
+    assert main(["reconstruct", "-", *options]) == 0
+    assert capsys.readouterr().out == expected + "\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "at least one token"), (b"\xff\xfe\x00", "Expected a text file in UTF-8")],
+    ids=["empty", "binary"],
+)
+def test_a_file_that_is_no_text_is_refused_without_a_traceback(options, tmp_path, capsys, content, message):
+    (tmp_path / "bad.txt").write_bytes(content)
+    assert main(["compress", str(tmp_path / "bad.txt"), "-o", str(tmp_path / "x.safetensors"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_missing_file_is_named(options, tmp_path, capsys):
+    assert main(["reconstruct", str(tmp_path / "nowhere.txt"), *options]) == 2
+    assert "nowhere.txt" in capsys.readouterr().err
+
+
+def test_a_damaged_memory_is_refused(options, tmp_path, capsys):
+    (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
+    assert main(["reconstruct", str(tmp_path / "bad.safetensors"), *options]) == 2
+    assert "truncated, was changed or is not an ICAE memory file" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path, capsys):
+    assert main(["demo", "--model", str(tmp_path / "none"), "--base", "x"]) == 2
+    assert "none" in capsys.readouterr().err
+
+
+def test_the_demo_shows_every_passage_and_reads_saved_memories_again(options, tmp_path, capsys):
+    numbers = tmp_path / "demo.json"
+    assert main(["demo", "--max-passages", "2", "--json", str(numbers), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "── story ──" in printed and "All 2 read the same." in printed
+    for result in json.loads(numbers.read_text()):
+        assert result["slots"] == -(-result["tokens"] // 4)
+        assert result["full_cache_bytes"] / result["memory_bytes"] == pytest.approx(4, rel=0.05)
+
+
+def test_differences_are_marked():
+    assert mark_differences("a red cat sat", "a blue cat", color=False) == ("a [red] cat [sat]", "a [blue] cat")
+    assert mark_differences("a b", "a b", color=True) == ("a b", "a b")
+    assert "\033[31mred\033[0m" in mark_differences("red", "blue", color=True)[0]
