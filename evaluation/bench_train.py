@@ -5,8 +5,8 @@ Four things are timed in turn, several times, and compared within one run:
 
 - `icae`: an autoencoding step (forward, backward, AdamW) of this package at the batch given;
 - `products`: nothing but the matrix products of that step, shape by shape, dtype by dtype;
-- `two_copies`: the step as the official code does it (getao/icae, v2) — an encoder and a decoder copy of the
-  base, all hidden states kept, logits for every token of both, one row at a time;
+- `two_copies`: the step as the official code does it (getao/icae, v2) — an encoder and a decoder copy of the base, all
+  hidden states kept, logits for every token of both, gradient checkpointing in the decoder, one row at a time;
 - `compress` against one plain forward pass of the base over the same tokens.
 
 Peak memory is measured with one row, each variant in a process of its own, above what the loaded libraries take.
@@ -14,13 +14,13 @@ Peak memory is measured with one row, each variant in a process of its own, abov
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +89,8 @@ def two_copies_step(arguments) -> Callable[[], None]:
     """The same step on two copies of the base, with all logits and hidden states, row by row."""
     encoder = AutoModelForCausalLM.from_pretrained(arguments.base)
     decoder = AutoModelForCausalLM.from_pretrained(arguments.base).requires_grad_(False)
+    decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    decoder.train()
     config = ICAEConfig(span_length=arguments.span_length)
     encoder = get_peft_model(
         encoder,
@@ -109,8 +111,7 @@ def two_copies_step(arguments) -> Callable[[], None]:
             slots = encoded.hidden_states[-1][:, -num_slots:]
             mark = special.weight[None, num_slots:].to(text.dtype)
             decoded = decoder(inputs_embeds=torch.cat([slots, mark, text], dim=1), output_hidden_states=True)
-            logits = decoded.logits[:, num_slots:-1].float()
-            (F.cross_entropy(logits[0], row) / len(ids)).backward()
+            (F.cross_entropy(decoded.logits[0, num_slots:-1], row) / len(ids)).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -123,12 +124,14 @@ def random_ids(arguments, vocabulary: int) -> torch.Tensor:
 
 
 def time_in_turn(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median seconds of each step. The steps take turns, so that a busy machine slows all of them alike."""
+    """
+    Median seconds of each step. The steps take turns, so that a busy machine slows all of them alike; the first step
+    of each turn, which finds the caches full of another variant's weights, is not timed.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step()
     for _ in range(repeats):
         for name, step in steps.items():
+            step()
             start = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - start)
@@ -136,14 +139,18 @@ def time_in_turn(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str
 
 
 def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Peak resident memory of this process. (Not from getrusage, which in a child starts at its parent's peak.)"""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def measure_memory(arguments) -> None:
-    """Runs in a process of its own: prints the peak of two steps above the libraries' footprint."""
+    """Runs in a process of its own: prints the peak of a step — the second, when the optimizer has its state — above
+    the libraries' footprint."""
     libraries = peak_bytes()
     step = icae_step(arguments)[0] if arguments.memory_of == "icae" else two_copies_step(arguments)
     step()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, which is that of loading files
     step()
     print(json.dumps({"peak_bytes": peak_bytes() - libraries, "libraries_bytes": libraries}))
 

@@ -84,9 +84,15 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         for states, targets in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True):
             with torch.enable_grad():
                 states = states.detach().requires_grad_()
-                loss = F.cross_entropy(head(states).float(), targets, reduction="none")
-                grads.append(torch.autograd.grad(loss.sum(), states)[0])
-            losses.append(loss.detach())
+                logits = head(states)  # (n, V)
+            # In place, because on a CPU each new tensor of this size costs more than the arithmetic on it.
+            scores = logits.detach().float()
+            top, target = scores.amax(dim=-1, keepdim=True), scores.gather(1, targets[:, None])
+            total = scores.sub_(top).exp_().sum(dim=-1, keepdim=True)
+            losses.append((total.log() + top - target)[:, 0])
+            probabilities = scores.div_(total)
+            probabilities.scatter_add_(1, targets[:, None], torch.full_like(target, -1.0))  # d loss / d logits
+            grads.append(torch.autograd.grad(logits, states, probabilities.to(logits.dtype))[0])
         ctx.save_for_backward(torch.cat(grads))
         return torch.cat(losses)
 
@@ -123,7 +129,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
     ```
     """
 
-    _loss_chunk_size = 64
+    _loss_chunk_size = 128
 
     # ----------------------------------------------------------------------------------------------- text to slots
 
@@ -217,10 +223,8 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         keep = slot_index <= counts  # (N, K)
 
         is_cache = self.config.memory_type == "key_values"
-        # Adapter weights in training are float32 whatever the base is: computed in the base's dtype, they cost little.
-        mixed = self.memory_embeddings.dtype != embeds.dtype
         cache = DynamicCache()
-        with self.adapter(True), torch.autocast(embeds.device.type, dtype=embeds.dtype, enabled=mixed):
+        with self.adapter(True):
             hidden = self._run(embeds, mask, positions + (shifts[:, None] if is_cache else 0), cache)
         num_slots = slot_index.shape[1]
         if is_cache:

@@ -7,11 +7,14 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -83,7 +86,8 @@ class ICAEPreTrainedModel(PreTrainedModel):
         self._lora_layers = [module for module in base_model.modules() if isinstance(module, LoraLayer)]
         for layer in self._lora_layers:
             layer._disable_adapters = True  # at rest `language_model` is the frozen base
-            layer.cast_input_dtype_enabled = False  # autocast casts the small fp32 weights instead of the activations
+            if type(layer) is LoraLinear:  # quantised layers have forward methods of their own
+                layer.forward = partial(_lora_forward, layer)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._fingerprint: tuple[Any, str] | None = None
         self.eval()
@@ -388,6 +392,20 @@ class ICAEPreTrainedModel(PreTrainedModel):
 
 def _is_icae_parameter(name: str) -> bool:
     return name in ("memory_embeddings", "task_embeddings") or ".lora_" in name
+
+
+def _lora_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
+    """
+    What PEFT's layer computes, in fewer passes over the activations: its float32 weights are cast to the dtype of the
+    activations, not the other way round, and scale and sum are part of the matrix product.
+    """
+    flat = x.flatten(0, -2)
+    output = layer.base_layer(flat)
+    if not layer.disable_adapters:
+        low_rank = F.linear(layer.lora_dropout[ADAPTER](flat), layer.lora_A[ADAPTER].weight.to(x.dtype))
+        up = layer.lora_B[ADAPTER].weight.to(x.dtype)
+        output = output.addmm_(low_rank, up.T, alpha=layer.scaling[ADAPTER])
+    return output.unflatten(0, x.shape[:-1])
 
 
 def _without_effect(config: ICAEConfig) -> str | None:
