@@ -1,7 +1,8 @@
 """
 Why float16 bases are refused: `python -m icae.evaluation.float16 --texts FILE.parquet`.
 
-Measures the largest activation inside a base on real text, with and without an ICAE's adapter, against float16's range.
+Measures the largest activation inside a base on real text, with and without an ICAE's adapter, against the range of
+float16.
 """
 
 import argparse

@@ -81,19 +81,21 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, labels, head, chunk_size):
         losses, grads = [], []
+        needs_grad = ctx.needs_input_grad[0]
         for states, targets in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True):
-            with torch.enable_grad():
-                states = states.detach().requires_grad_()
+            with torch.set_grad_enabled(needs_grad):
+                states = states.detach().requires_grad_(needs_grad)
                 logits = head(states)  # (n, V)
             # In place, because on a CPU each new tensor of this size costs more than the arithmetic on it.
-            scores = logits.detach().float()
+            scores = logits.detach().to(torch.float32, copy=True)
             top, target = scores.amax(dim=-1, keepdim=True), scores.gather(1, targets[:, None])
             total = scores.sub_(top).exp_().sum(dim=-1, keepdim=True)
             losses.append((total.log() + top - target)[:, 0])
-            probabilities = scores.div_(total)
-            probabilities.scatter_add_(1, targets[:, None], torch.full_like(target, -1.0))  # d loss / d logits
-            grads.append(torch.autograd.grad(logits, states, probabilities.to(logits.dtype))[0])
-        ctx.save_for_backward(torch.cat(grads))
+            if needs_grad:
+                grad_logits = scores.div_(total).scatter_add_(1, targets[:, None], torch.full_like(target, -1.0))
+                grads.append(torch.autograd.grad(logits, states, grad_logits.to(logits.dtype))[0])
+        if needs_grad:
+            ctx.save_for_backward(torch.cat(grads))
         return torch.cat(losses)
 
     @staticmethod

@@ -78,6 +78,25 @@ def test_a_resumed_run_equals_an_unbroken_one(make_trainer):
     assert resumed.state.num_input_tokens_seen == unbroken.state.num_input_tokens_seen
 
 
+def test_a_streamed_data_set_trains_and_resumes_exactly(make_icae, tmp_path):
+    def run(folder, checkpoint=None):
+        args = ICAEPretrainingConfig(
+            output_dir=str(tmp_path / folder),
+            per_device_train_batch_size=2,
+            max_steps=6,
+            save_steps=3,
+            logging_steps=1,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = ICAEPretrainingTrainer(make_icae(), args, DOCUMENTS.to_iterable_dataset(num_shards=2))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return losses(trainer)
+
+    assert run("resumed", run("unbroken") and str(tmp_path / "unbroken" / "checkpoint-3")) == run("again")
+
+
 def test_checkpoints_hold_the_adapter_and_slots_but_not_the_base(make_trainer):
     trainer = make_trainer()
     trainer.train()

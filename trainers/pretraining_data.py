@@ -71,8 +71,8 @@ def prepare_pretraining_dataset(
     Raises:
         `ValueError`: if `text_column` is missing.
     """
-    columns = dataset.column_names
-    if columns is not None and text_column not in columns:
+    columns = dataset.column_names or list(next(iter(dataset)))  # a streamed data set may not know its columns
+    if text_column not in columns:
         raise ValueError(f"Expected a column {text_column!r} with documents, got {columns}; set `text_column`.")
 
     def cut(batch: dict, indices: list[int]) -> dict[str, list]:
