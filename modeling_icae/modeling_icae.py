@@ -213,7 +213,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         token_index = torch.arange(1, ids.shape[1] + 1, device=device).expand(len(spans), -1)
         slot_index = torch.arange(1, int(counts.max()) + 1, device=device).expand(len(spans), -1)
         # Uniform: slot j of K closes the j-th of K equal parts of its span, and stands where that part ends.
-        part_ends = -(-slot_index * lengths // counts).minimum(lengths)
+        part_ends = (-(-slot_index * lengths // counts)).minimum(lengths)
         slot_positions = part_ends if self.config.encoder_layout == "uniform" else lengths + slot_index
 
         embeds = self._embed(F.pad(ids, (1, 0), value=self.config.start_token_id))

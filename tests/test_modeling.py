@@ -371,3 +371,12 @@ def test_checkpointed_gradients_are_exact(model, ragged, use_reentrant):
     model.activation_checkpointing_disable()
     layers = [module for module in model.language_model.modules() if isinstance(module, GradientCheckpointingLayer)]
     assert layers and all("forward" not in layer.__dict__ for layer in layers)
+
+
+def test_padded_slots_stay_inside_the_positions_of_an_absolute_base(make_icae):
+    """A short context beside a long one: the places of slots that it does not have must exist all the same."""
+    model = make_icae("gpt2", base=make_base("gpt2", n_positions=130), span_length=128)
+    ids = torch.randint(5, 90, (2, 128))
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    assert model.compress(ids, mask).num_slots.tolist() == [2, 32]
