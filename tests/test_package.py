@@ -134,6 +134,19 @@ def test_the_embedded_checkpoint_reads_a_passage_back():
 
 @pytest.mark.slow
 @pytest.mark.skipif(icae.EMBEDDED_CHECKPOINT is None, reason="an installed wheel carries no checkpoint")
+def test_the_readme_s_first_snippet_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("document.txt").write_text(
+        "Ines Okafor lives in Bergen. Every morning she walks to the harbour with her dog."
+    )
+    snippet = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(snippet.group(1), names)
+    assert names["answers"].shape[0] == 2 and Path("document.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(icae.EMBEDDED_CHECKPOINT is None, reason="an installed wheel carries no checkpoint")
 def test_the_embedded_checkpoint_is_small_and_holds_no_base():
     folder = Path(icae.EMBEDDED_CHECKPOINT)
     sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}

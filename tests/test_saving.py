@@ -79,6 +79,15 @@ def test_the_auto_classes_know_a_saved_model(saved, ragged):
     assert torch.equal(loaded.compress(*ragged).slots, model.compress(*ragged).slots)
 
 
+@pytest.mark.parametrize("option", [{"device_map": "cpu"}, {"attn_implementation": "eager"}, {"dtype": "float32"}])
+def test_arguments_for_the_base_are_handed_on(saved, ragged, option):
+    model, folder = saved
+    loaded = ICAEForConditionalGeneration.from_pretrained(folder, **option)
+    if "attn_implementation" in option:
+        assert loaded.language_model.config._attn_implementation == "eager"
+    torch.testing.assert_close(loaded.compress(*ragged).slots, model.compress(*ragged).slots, atol=2e-5, rtol=1e-4)
+
+
 def test_plain_peft_loads_the_same_encoder(saved, base_folder, ragged):
     from transformers import AutoModelForCausalLM
 
