@@ -399,12 +399,12 @@ def _lora_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
     What PEFT's layer computes, in fewer passes over the activations: its float32 weights are cast to the dtype of the
     activations, not the other way round, and scale and sum are part of the matrix product.
     """
+    if layer.disable_adapters:
+        return layer.base_layer(x)
     flat = x.flatten(0, -2)
-    output = layer.base_layer(flat)
-    if not layer.disable_adapters:
-        low_rank = F.linear(layer.lora_dropout[ADAPTER](flat), layer.lora_A[ADAPTER].weight.to(x.dtype))
-        up = layer.lora_B[ADAPTER].weight.to(x.dtype)
-        output = output.addmm_(low_rank, up.T, alpha=layer.scaling[ADAPTER])
+    low_rank = F.linear(layer.lora_dropout[ADAPTER](flat), layer.lora_A[ADAPTER].weight.to(x.dtype))
+    up = layer.lora_B[ADAPTER].weight.to(x.dtype)
+    output = layer.base_layer(flat).addmm_(low_rank, up.T, alpha=layer.scaling[ADAPTER])
     return output.unflatten(0, x.shape[:-1])
 
 

@@ -133,6 +133,12 @@ def test_training_logs_what_decides_whether_it_works(make_trainer):
     assert trainer.state.log_history[1]["num_tokens"] > entry["num_tokens"]
 
 
+def test_logs_go_where_report_to_says(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    make_trainer(max_steps=1, report_to="tensorboard").train()
+    assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
+
+
 def test_evaluation_reports_the_control_and_real_reconstructions(make_trainer):
     trainer = make_trainer()
     metrics = trainer.evaluate()
