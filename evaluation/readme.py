@@ -22,16 +22,18 @@ def embedded(record: dict[str, Any]) -> str:
     """The embedded checkpoint at its last evaluation."""
     (run,) = record["runs"].values()
     tokens = run["context_tokens"][-1]
+    rows = "\n".join(
+        f"| {run['context_tokens'][at] / 1e6:.2f} M tokens | {run['ae_loss'][at]:.2f} | "
+        f"{run['ae_loss_other_text'][at]:.2f} | {run['ae_accuracy'][at]:.1%} | {run['bleu'][at]:.2f} |"
+        for at in (0, -1)
+    )
     return f"""\
 **The embedded checkpoint** (SmolLM2-135M-Instruct, 4x, {tokens / 1e6:.2f} M context tokens on one CPU core), on
 held-out text of all kinds, contexts of up to 256 tokens:
 
-| | autoencoding loss | with another text's slots | accuracy (teacher-forced) | BLEU of the reconstruction |
+| trained on | autoencoding loss | with another text's slots | accuracy (teacher-forced) | BLEU of the reconstruction |
 | --- | --- | --- | --- | --- |
-| before training | {run["ae_loss"][0]:.2f} | {run["ae_loss_other_text"][0]:.2f} | {run["ae_accuracy"][0]:.1%} | \
-{run["bleu"][0]:.2f} |
-| now | {run["ae_loss"][-1]:.2f} | {run["ae_loss_other_text"][-1]:.2f} | {run["ae_accuracy"][-1]:.1%} | \
-{run["bleu"][-1]:.2f} |
+{rows}
 
 Losses in nats per token; the curve is in [results/embedded.json](results/embedded.json) and
 [embedded.png](results/embedded.png).
