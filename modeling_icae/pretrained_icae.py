@@ -208,8 +208,8 @@ class ICAEPreTrainedModel(PreTrainedModel):
                     "`verify_base=False` if you know that the difference is harmless."
                 )
         model = cls(copy.deepcopy(config), base_model=base)
+        model._make_trainable(is_trainable)  # first, so that float32 weights are not rounded on their way
         model.load_icae_weights(path, **hub)
-        model._make_trainable(is_trainable)
         model.name_or_path = path
         try:
             model.generation_config = GenerationConfig.from_pretrained(path, **hub)

@@ -112,8 +112,9 @@ def test_a_loaded_model_can_be_saved_again_in_bfloat16(saved, tmp_path, ragged):
 def test_a_trainable_model_keeps_its_weights_in_float32(saved):
     loaded = ICAEForConditionalGeneration.from_pretrained(saved[1], is_trainable=True, dtype=torch.bfloat16)
     assert loaded.language_model.dtype == torch.bfloat16
-    for parameter in loaded.trainable_parameters().values():
+    for name, parameter in loaded.trainable_parameters().items():
         assert parameter.requires_grad and parameter.dtype == torch.float32
+        assert torch.equal(parameter, saved[0].trainable_parameters()[name])
 
 
 def test_a_given_state_dict_is_saved_in_place_of_the_weights(saved, tmp_path):
