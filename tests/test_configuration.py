@@ -1,6 +1,6 @@
 import pytest
 
-from icae import ICAEConfig
+from icae import ICAEConfig, ICAEForConditionalGeneration
 from tiny import make_base
 
 
@@ -64,3 +64,68 @@ def test_broken_relations_are_refused_with_what_was_expected(wrong, message):
 def test_a_span_longer_than_the_base_s_positions_is_refused():
     with pytest.raises(ValueError, match="below the base's 512 positions, got 512"):
         ICAEConfig(text_config=make_base().config, span_length=512)
+
+
+def test_one_layout_stands_for_all_tasks():
+    assert ICAEConfig(decoder_layout="sequential").decoder_layout == dict.fromkeys(
+        ("autoencoding", "continuation", "instruction"), "sequential"
+    )
+
+
+@pytest.mark.parametrize("ratio", [1, 1.5, 3, 4, 7.25, 1000])
+def test_slots_never_outnumber_tokens_and_never_run_out(ratio):
+    config = ICAEConfig(span_length=64, compression_ratio=ratio)
+    counts = [config.slots_for(tokens) for tokens in range(1, 65)]
+    assert counts == sorted(counts) and counts[-1] == config.max_slots_per_span
+    assert all(1 <= count <= tokens for tokens, count in enumerate(counts, start=1))
+
+
+def test_a_value_of_the_paper_can_be_overridden():
+    config = ICAEConfig.paper(span_length=256, num_memory_slots=64, lora_dropout=0.0)
+    assert (config.span_length, config.num_memory_slots, config.lora_dropout) == (256, 64, 0.0)
+    assert (config.lora_r, config.lora_alpha, config.compression_ratio) == (128, 32, None)
+
+
+def test_the_paper_preset_fits_a_base_and_survives_saving(tmp_path):
+    config = ICAEConfig.paper(span_length=32, num_memory_slots=8, lora_r=4)
+    config.save_pretrained(tmp_path)
+    loaded = ICAEConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == ICAEConfig.from_dict(config.to_dict()).to_dict()
+    assert loaded.num_memory_slots == 8 and loaded.compression_ratio is None and loaded.encoder_layout == "sequential"
+    model = ICAEForConditionalGeneration.from_base(make_base(), config)
+    assert model.compress([[5] * 40]).spans == [[(8, 32), (8, 8)]]
+
+
+def test_the_given_configuration_is_not_changed():
+    config = ICAEConfig(span_length=16)
+    before = config.to_dict()
+    ICAEForConditionalGeneration.from_base(make_base(), config)
+    assert config.to_dict() == before
+
+
+def test_the_configuration_names_what_the_base_is(make_icae):
+    config = make_icae("qwen3").config
+    assert config.text_config.model_type == "qwen3" and len(config.base_model_fingerprint) == 16
+    assert config.text_config._attn_implementation == "sdpa", "a reset one would run without a causal mask"
+
+
+@pytest.mark.xfail(strict=True, reason="not checked yet")
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"compression_ratio": float("inf")},
+        {"compression_ratio": "4"},
+        {"compression_ratio": None, "num_memory_slots": 2.5},
+        {"span_length": 16.5},
+        {"span_length": "16"},
+        {"lora_r": 2.5},
+        {"lora_alpha": 0},
+        {"lora_alpha": -1},
+        {"lora_target_modules": []},
+        {"decoder_layout": None},
+    ],
+    ids=str,
+)
+def test_values_that_are_no_numbers_of_their_kind_are_refused(wrong):
+    with pytest.raises((ValueError, TypeError), match=f"Expected .*{next(reversed(wrong))}"):
+        ICAEConfig(**wrong)

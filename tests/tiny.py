@@ -26,13 +26,15 @@ LLAMA_LIKE = {
     "intermediate_size": 48,
     "max_position_embeddings": 512,
 }
+# A tiny base with tied embeddings repeats its last token for ever, whatever it reads.
+GEMMA_LIKE = LLAMA_LIKE | {"sliding_window": 64, "query_pre_attn_scalar": 8, "tie_word_embeddings": False}
 FAMILIES = {
     "llama": LLAMA_LIKE,
     "mistral": LLAMA_LIKE | {"sliding_window": 64},
     "qwen2": LLAMA_LIKE,
     "qwen3": LLAMA_LIKE,
-    "gemma2": LLAMA_LIKE | {"sliding_window": 64, "query_pre_attn_scalar": 8},
-    "gemma3_text": LLAMA_LIKE | {"sliding_window": 64, "query_pre_attn_scalar": 8},
+    "gemma2": GEMMA_LIKE,
+    "gemma3_text": GEMMA_LIKE,
     "phi": {k: v for k, v in LLAMA_LIKE.items() if k not in ("num_key_value_heads", "head_dim")},
     "gpt_neox": {k: v for k, v in LLAMA_LIKE.items() if k not in ("num_key_value_heads", "head_dim")},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512},
