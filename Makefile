@@ -6,7 +6,7 @@ DATA ?= data
 STAMP := $(VENV)/.installed
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-fast lint format types train-embedded comparison bench clean
+.PHONY: demo test test-fast lint format types train-embedded snapshot comparison bench clean
 
 demo: $(STAMP)  ## compress passages of several kinds with the embedded checkpoint and show what comes back
 	$(BIN)/icae demo
@@ -37,6 +37,13 @@ types: $(STAMP)
 FILES = --train_files $(wildcard $(DATA)/train-*.parquet) --eval_files $(DATA)/validation.parquet
 train-embedded: $(STAMP)  ## the recipe of checkpoints/icae-smollm2-135m; goes on where it was interrupted
 	OMP_NUM_THREADS=1 $(BIN)/icae pretrain --config trainers/presets/cpu.yaml $(FILES) --resume true
+
+# RUN is a checkpoint of that run; what is published is its adapter and slots in bfloat16.
+RUN ?= runs/icae-smollm2-135m
+snapshot: $(STAMP)  ## make checkpoints/icae-smollm2-135m from a training checkpoint
+	$(BIN)/python -c "import torch, icae; \
+	  model = icae.ICAEForConditionalGeneration.from_pretrained('$(RUN)', base_model=icae.embedded_base(), is_trainable=True); \
+	  model.tokenizer; model.save_pretrained('checkpoints/icae-smollm2-135m', dtype=torch.bfloat16)"
 
 comparison: $(STAMP)  ## layouts and memory types at equal tokens -> results/layouts.json, .png
 	for memory in key_values hidden_states; do for layout in uniform sequential; do \

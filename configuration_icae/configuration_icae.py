@@ -99,8 +99,9 @@ class ICAEConfig(PreTrainedConfig):
         self.compression_ratio = compression_ratio
         self.num_memory_slots = num_memory_slots
         self.encoder_layout = encoder_layout
-        self.decoder_layout = (
-            dict.fromkeys(TASKS, decoder_layout) if isinstance(decoder_layout, str) else dict(decoder_layout)
+        per_task = isinstance(decoder_layout, dict)
+        self.decoder_layout: dict[str, Any] = (
+            dict(decoder_layout) if per_task else dict.fromkeys(TASKS, decoder_layout)  # type: ignore[arg-type]
         )
         self.lora_r = lora_r
         self.lora_alpha = lora_alpha
@@ -157,8 +158,8 @@ class ICAEConfig(PreTrainedConfig):
             f"Expected `memory_type` to be one of {MEMORY_TYPES}, got {self.memory_type!r}.",
         )
         expect(
-            self.span_length >= 2,
-            f"Expected `span_length` of at least 2 tokens, got {self.span_length}.",
+            isinstance(self.span_length, int) and self.span_length >= 2,
+            f"Expected `span_length` of at least 2 tokens, got {self.span_length!r}.",
         )
         expect(
             (self.compression_ratio is None) != (self.num_memory_slots is None),
@@ -166,23 +167,24 @@ class ICAEConfig(PreTrainedConfig):
             f"{self.compression_ratio} and {self.num_memory_slots}; set the other one to None.",
         )
         if self.compression_ratio is not None:
+            ratio = self.compression_ratio
             expect(
-                self.compression_ratio >= 1,
-                f"Expected `compression_ratio` of at least 1 token per slot, got {self.compression_ratio}; "
-                "more slots than tokens compress nothing.",
+                isinstance(ratio, int | float) and 1 <= ratio < math.inf,
+                f"Expected `compression_ratio`, a number of at least 1 token per slot, got {ratio!r}; more slots than "
+                "tokens compress nothing.",
             )
         if self.num_memory_slots is not None:
             expect(
-                1 <= self.num_memory_slots <= self.span_length,
+                isinstance(self.num_memory_slots, int) and 1 <= self.num_memory_slots <= self.span_length,
                 f"Expected `num_memory_slots` between 1 and `span_length` ({self.span_length}), got "
-                f"{self.num_memory_slots}; raise `span_length` or take fewer slots.",
+                f"{self.num_memory_slots!r}; raise `span_length` or take fewer slots.",
             )
         expect(
             self.encoder_layout in LAYOUTS,
             f"Expected `encoder_layout` to be one of {LAYOUTS}, got {self.encoder_layout!r}.",
         )
         expect(
-            set(self.decoder_layout) == set(TASKS) and set(self.decoder_layout.values()) <= set(LAYOUTS),
+            set(self.decoder_layout) == set(TASKS) and all(x in LAYOUTS for x in self.decoder_layout.values()),
             f"Expected `decoder_layout` to be one of {LAYOUTS} or a dict that gives one for each of {TASKS}, got "
             f"{self.decoder_layout}.",
         )
@@ -194,7 +196,12 @@ class ICAEConfig(PreTrainedConfig):
                 f"positions of `key_values` slots; got 'sequential' with a uniform decoder for {overlaid}: set "
                 "`decoder_layout='sequential'`.",
             )
-        expect(self.lora_r >= 1, f"Expected `lora_r` of at least 1, got {self.lora_r}.")
+        expect(
+            isinstance(self.lora_r, int) and self.lora_r >= 1,
+            f"Expected `lora_r` of at least 1, got {self.lora_r!r}.",
+        )
+        expect(self.lora_alpha > 0, f"Expected `lora_alpha` above 0, got {self.lora_alpha}.")
+        expect(bool(self.lora_target_modules), "Expected `lora_target_modules` with at least one name, got none.")
         expect(0 <= self.lora_dropout < 1, f"Expected `lora_dropout` in [0, 1), got {self.lora_dropout}.")
         if self.text_config is not None:
             limit = getattr(self.text_config, "max_position_embeddings", None)

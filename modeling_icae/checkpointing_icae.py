@@ -7,6 +7,8 @@ transformers' own checkpointing drops the cache, and recomputes a layer with the
 time of the backward pass. Here the cache goes in and out as tensors, and the adapter is set as it was.
 """
 
+from functools import partial
+
 import torch
 from transformers import DynamicCache
 
@@ -27,34 +29,33 @@ class LayerView:
         return 0 if self.keys is None else self.keys.shape[-2]
 
 
-def checkpointed_forward(model, forward, index: int, checkpoint_func):
+def checkpointed_forward(model, layer, index: int, checkpoint_func, hidden_states, *args, before=None, **kwargs):
     """
-    Wraps the forward method of layer `index` of `model.language_model`.
+    What stands in place of a layer's forward method.
 
     Args:
         model ([`ICAEPreTrainedModel`]): whose `adapter` switch is remembered and set again.
-        forward (`Callable`): the layer's own forward method.
+        layer (`nn.Module`): the layer.
         index (`int`): the layer's index in the cache.
         checkpoint_func (`Callable`): `torch.utils.checkpoint.checkpoint` with its options bound.
+        hidden_states, args, kwargs: arguments of the layer.
+        before (`Callable`, *optional*): what stood in place of its forward method before.
     """
+    forward = before or partial(type(layer).forward, layer)
+    name = "layer_past" if "layer_past" in kwargs else "past_key_values"
+    cache = kwargs.get(name)
+    if not torch.is_grad_enabled() or not isinstance(cache, DynamicCache):
+        return forward(hidden_states, *args, **kwargs)
+    adapter_enabled = model.adapter_enabled
+    seen = cache.layers[index] if index < len(cache.layers) else None
 
-    def wrapped(hidden_states, *args, **kwargs):
-        name = "layer_past" if "layer_past" in kwargs else "past_key_values"
-        cache = kwargs.get(name)
-        if not torch.is_grad_enabled() or not isinstance(cache, DynamicCache):
-            return forward(hidden_states, *args, **kwargs)
-        adapter_enabled = model.adapter_enabled
-        seen = cache.layers[index] if index < len(cache.layers) else None
+    def run(hidden_states, keys, values):
+        view = LayerView(keys, values)
+        with model.adapter(adapter_enabled):
+            output = forward(hidden_states, *args, **{**kwargs, name: view})
+        return output, view.new_keys, view.new_values
 
-        def run(hidden_states, keys, values):
-            view = LayerView(keys, values)
-            with model.adapter(adapter_enabled):
-                output = forward(hidden_states, *args, **{**kwargs, name: view})
-            return output, view.new_keys, view.new_values
-
-        past = (None, None) if seen is None or not seen.is_initialized else (seen.keys, seen.values)
-        output, keys, values = checkpoint_func(run, hidden_states, *past)
-        cache.update(keys, values, index)
-        return output
-
-    return wrapped
+    past = (None, None) if seen is None or not seen.is_initialized else (seen.keys, seen.values)
+    output, keys, values = checkpoint_func(run, hidden_states, *past)
+    cache.update(keys, values, index)
+    return output

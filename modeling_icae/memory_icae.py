@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -88,13 +89,19 @@ class ICAEMemory:
         return [self[index] for index in range(len(self))]
 
     def __getitem__(self, index: int | slice | Sequence[int] | torch.Tensor) -> "ICAEMemory":
-        """The rows at `index`, in that order."""
-        if isinstance(index, int):
-            index = [range(len(self))[index]]
-        elif isinstance(index, slice):
-            index = list(range(len(self)))[index]
+        """The rows at `index` (numbers, a slice, or a mask of booleans, one per row), in that order."""
+        if isinstance(index, slice):
+            index = range(len(self))[index]
         elif isinstance(index, torch.Tensor):
-            index = index.tolist()
+            index = index.reshape(-1).tolist()
+        elif not isinstance(index, Sequence):
+            index = [operator.index(index)]
+        index = list(index)
+        if index and all(isinstance(chosen, bool) for chosen in index):
+            if len(index) != len(self):
+                raise ValueError(f"Expected a mask of {len(self)} booleans, one per row, got {len(index)}.")
+            index = [row for row, chosen in enumerate(index) if chosen]
+        index = [range(len(self))[row] for row in index]
         if not index:
             raise ValueError(f"Expected at least one row of this memory of {len(self)} rows, got none.")
         spans = [self.spans[row] for row in index]

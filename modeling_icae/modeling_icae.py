@@ -30,7 +30,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_icae import TASKS
 from .memory_icae import ICAEMemory
-from .pretrained_icae import ICAEPreTrainedModel
+from .pretrained_icae import ICAEPreTrainedModel, check_dtype
 
 
 CONTEXT_MARK, PROMPT_MARK = "<<icae-context>>", "<<icae-prompt>>"
@@ -174,6 +174,8 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                 f"Expected `span_length` between 1 and the model's {self.config.span_length} tokens, got "
                 f"{span_length}."
             )
+        if max_spans_per_batch < 1:
+            raise ValueError(f"Expected `max_spans_per_batch` of at least 1, got {max_spans_per_batch}.")
         lengths = mask.sum(dim=1).tolist()
         if 0 in lengths:
             raise ValueError(f"Expected contexts of at least one token, got an empty one in row {lengths.index(0)}.")
@@ -181,12 +183,14 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         spans = [[(self.config.slots_for(len(span)), len(span)) for span in row] for row in rows]
 
         # Each span is shifted by what stands before it in its row, so that the slots of a row can be read together.
+        # (The last states of "hidden_states" carry no position, so their spans are encoded at the start.)
+        is_cache = self.config.memory_type == "key_values"
         sequential = self.config.encoder_layout == "sequential"
         shifts = []
         for row in spans:
-            ends = [0, *itertools.accumulate(tokens + slots if sequential else tokens for slots, tokens in row)]
-            shifts += ends[:-1]
-            self._check_positions(ends[-1] if self.config.memory_type == "key_values" else ends[1])
+            taken = [tokens + slots if sequential else tokens for slots, tokens in row]
+            self._check_positions(sum(taken) if is_cache else taken[0])
+            shifts += itertools.accumulate([0, *(taken if is_cache else (tokens for _, tokens in row))][:-1])
 
         flat = [span for row in rows for span in row]
         slots, positions = [], []
@@ -200,7 +204,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             slots=pad_sequence(torch.cat(slots).split(counts), batch_first=True),  # (B, K, D)
             positions=pad_sequence(torch.cat(positions).split(counts), batch_first=True),  # (B, K)
             spans=spans,
-            fingerprint="" if torch.is_grad_enabled() else self.fingerprint,
+            fingerprint="" if self.training and torch.is_grad_enabled() else self.fingerprint,
             memory_type=self.config.memory_type,
         )
 
@@ -209,33 +213,34 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         device = shifts.device
         lengths = torch.tensor([len(span) for span in spans], device=device)[:, None]  # (N, 1)
         counts = torch.tensor([self.config.slots_for(len(span)) for span in spans], device=device)[:, None]
-        ids = pad_sequence(spans, batch_first=True)  # (N, S)
-        token_index = torch.arange(1, ids.shape[1] + 1, device=device).expand(len(spans), -1)
-        slot_index = torch.arange(1, int(counts.max()) + 1, device=device).expand(len(spans), -1)
+        # [start] c1 … cS m1 … mK, padded on the left: a base with a sliding window counts padding between text and
+        # slots, and would see less of the text.
+        start = torch.tensor([self.config.start_token_id], device=device)
+        rows = [torch.cat([start, F.pad(span, (0, self.config.slots_for(len(span))))]) for span in spans]
+        ids = pad_sequence(rows, batch_first=True, padding_side="left")  # (N, 1 + S + K), 0 where a slot will stand
+        place = torch.arange(-ids.shape[1], 0, device=device) + 1 + lengths + counts  # 0 at [start], S + 1 at m1
+        slot_index = place - lengths  # 1 at m1
+
         # Uniform: slot j of K closes the j-th of K equal parts of its span, and stands where that part ends.
         part_ends = (-(-slot_index * lengths // counts)).minimum(lengths)
-        slot_positions = part_ends if self.config.encoder_layout == "uniform" else lengths + slot_index
-
-        embeds = self._embed(F.pad(ids, (1, 0), value=self.config.start_token_id))
-        memory = self.memory_embeddings[: slot_index.shape[1]].expand(len(spans), -1, -1)
-        embeds = torch.cat([embeds, memory.to(embeds.dtype)], dim=1)  # (N, 1 + S + K, H)
-        zeros = torch.zeros_like(lengths)
-        positions = torch.cat([zeros, token_index, slot_positions], dim=1)
-        mask = torch.cat([zeros == 0, token_index <= lengths, slot_index <= counts], dim=1)
-        keep = slot_index <= counts  # (N, K)
+        slot_places = part_ends if self.config.encoder_layout == "uniform" else place
+        text = self._embed(ids)
+        memory = self.memory_embeddings[(slot_index - 1).clamp(min=0)].to(text.dtype)
+        embeds = torch.where((slot_index > 0)[..., None], memory, text)
+        positions = torch.where(slot_index > 0, slot_places, place).clamp(min=0)
 
         is_cache = self.config.memory_type == "key_values"
         cache = DynamicCache()
         with self.adapter(True):
-            hidden = self._run(embeds, mask, positions + (shifts[:, None] if is_cache else 0), cache)
-        num_slots = slot_index.shape[1]
+            hidden = self._run(embeds, place >= 0, positions + (shifts[:, None] if is_cache else 0), cache)
+        last = slice(-int(counts.max()), None)
         if is_cache:
-            slots = _pack([(layer.keys[:, :, -num_slots:], layer.values[:, :, -num_slots:]) for layer in cache.layers])
-            slot_positions = slot_positions + shifts[:, None]
+            slots = _pack([(layer.keys[:, :, last], layer.values[:, :, last]) for layer in cache.layers])
         else:
-            slots = hidden[:, -num_slots:]  # (N, 1 + S + K, H) -> (N, K, H)
-            slot_positions = part_ends + shifts[:, None]  # where the text stood; the decoder's layout decides
-        return slots[keep], slot_positions[keep]
+            slots = hidden[:, last]  # (N, 1 + S + K, H) -> (N, K, H)
+            slot_places = part_ends  # where the text stood; the decoder's layout decides
+        keep = (slot_index > 0)[:, last]
+        return slots[keep], (slot_places + shifts[:, None])[:, last][keep]
 
     # ----------------------------------------------------------------------------------------------- slots to text
 
@@ -244,6 +249,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         Puts a memory behind `prefix` (token ids of shape `(P,)`) into a cache of the frozen model.
 
         Returns the cache, its mask of shape `(B, P + K)`, and the position id of the text to come, of shape `(B,)`.
+        Rows of fewer slots are padded on the left, so that the text follows the slots without a gap.
         """
         sequential = self.config.decoder_layout[task] == "sequential"
         positions, end = memory.positions, memory.end
@@ -253,27 +259,41 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         prefix_positions = torch.arange(1 - len(prefix), 1, device=prefix.device)  # ends at 0, before the first slot
         if getattr(self.config.text_config, "rope_parameters", None) is None:
             prefix_positions = prefix_positions.clamp(min=0)  # absolute position embeddings know no negative ones
-        mask = torch.cat([memory.mask.new_ones(len(memory), len(prefix)), memory.mask], dim=1)
 
+        def behind_prefix(prefix: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            """`(1, P, …)` and `(B, K, …)`, padded on the right -> `(B, P + K, …)`, padded on the left."""
+            joined = torch.cat([prefix.expand(len(rows), *prefix.shape[1:]), rows], dim=1)
+            if len({sum(slots for slots, _ in row) for row in memory.spans}) == 1:
+                return joined
+            padding = rows.shape[1] - memory.num_slots
+            places = (torch.arange(joined.shape[1], device=joined.device) - padding[:, None]) % joined.shape[1]
+            return joined[torch.arange(len(rows), device=joined.device)[:, None], places]
+
+        slots = memory.slots.to(self.language_model.dtype)
+        mask = behind_prefix(torch.ones_like(prefix, dtype=torch.bool)[None], memory.mask)
         cache = DynamicCache()
         with self.adapter(False):
-            with torch.no_grad():
-                ones = torch.ones_like(prefix)[None]
-                self._run(self._embed(prefix[None]), ones, prefix_positions[None], cache)
-            cache.batch_repeat_interleave(len(memory))
             if memory.memory_type == "key_values":
-                for index, (keys, values) in enumerate(_unpack(memory.slots, cache)):
+                with torch.no_grad():
+                    self._run(self._embed(prefix[None]), torch.ones_like(prefix)[None], prefix_positions[None], cache)
+                shapes = [(x.shape[1], x.shape[3]) for layer in cache.layers for x in (layer.keys, layer.values)]
+                states = behind_prefix(_pack([(layer.keys, layer.values) for layer in cache.layers]), slots)
+                cache = DynamicCache()
+                for index, (keys, values) in enumerate(_unpack(states, shapes)):
                     cache.update(keys, values, index)
             else:
-                self._run(memory.slots, mask, positions, cache)
+                embeds = behind_prefix(self._embed(prefix[None]), slots)
+                self._run(embeds, mask, behind_prefix(prefix_positions[None], positions), cache)
         return cache, mask, end
 
     def _run(self, embeds, mask, positions, cache: DynamicCache) -> torch.Tensor:
-        """One pass of the base without its head; the last hidden state, of shape `(B, T, H)`.
+        """
+        One pass of the base without its head; the last hidden state, of shape `(B, T, H)`.
 
         The mask is always given: without it, transformers takes each jump in the position ids for the start of
         another packed sequence and cuts the text off from its slots.
         """
+        check_dtype(embeds.dtype)
         outputs = self.language_model.base_model(
             inputs_embeds=embeds,
             attention_mask=mask.to(torch.long),
@@ -352,6 +372,8 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                     "frozen base call `model.language_model`."
                 )
             memory = self._compress(context_ids, context_mask, span_length)
+        else:
+            self._check_memory(memory)
         if autoencoding_weight is None:
             autoencoding_weight = 0.0 if response_ids is not None else 0.5 if continuation_ids is not None else 1.0
         if continuation_weight is None:
@@ -369,6 +391,16 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         if response_ids is not None:
             texts["instruction"] = self._instruction_text(prompt_ids, prompt_mask, response_ids, response_mask)
             weights["instruction"] = 1.0
+        if not texts:
+            raise ValueError("Expected at least one task, got `autoencoding_weight=0` and no other target.")
+        for task, text in texts.items():
+            if len(text.mask) != len(memory):
+                raise ValueError(
+                    f"Expected one row per context for the task {task!r}, got {len(text.mask)} rows for "
+                    f"{len(memory)} contexts."
+                )
+            if not text.label_mask.any():
+                raise ValueError(f"Expected at least one target token for the task {task!r}, got none.")
 
         task_losses, token_losses, token_correct = {}, {}, {}
         for task, text in texts.items():
@@ -406,6 +438,12 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
     def _instruction_text(self, prompt_ids, prompt_mask, response_ids, response_mask) -> _Text:
         """prompt r1 … rR-1 -> r1 … rR (r1 is predicted at the last token of the prompt)"""
         prompt_ids, prompt_mask = _left_justify(prompt_ids, prompt_mask)
+        if not prompt_mask.any(dim=1).all():
+            row = int(prompt_mask.any(dim=1).logical_not().nonzero()[0])
+            raise ValueError(
+                f"Expected a prompt of at least one token in every row, got none in row {row}: the first token of a "
+                "response is predicted at the last one of its prompt."
+            )
         response_ids, response_mask = _left_justify(response_ids, response_mask)
         is_response = torch.cat([torch.zeros_like(prompt_mask), response_mask], dim=1)
         mask = torch.cat([prompt_mask, response_mask], dim=1)
@@ -419,6 +457,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         cache, memory_mask, end = self._open(memory, self._prefix(task), task)
         places = torch.arange(text.mask.shape[1], device=end.device)
         positions = self._text_start(task, end)[:, None] + places
+        self._check_positions(int(positions[text.mask].max()))
         hidden = self._run(text.embeds, torch.cat([memory_mask, text.mask], dim=1), positions, cache)
         targets = text.label_mask
         loss, hit = self._cross_entropy(hidden[targets], text.labels[targets])  # (B, T, H) -> (targets, H)
@@ -498,16 +537,15 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             memory = self.compress(context)  # type: ignore[arg-type]  # one of the two is given
         self._check_memory(memory)
 
-        generation_config = copy.deepcopy(generation_config or self.generation_config)
+        options, generation_config = kwargs, copy.deepcopy(generation_config or self.generation_config)
         kwargs = generation_config.update(**kwargs)
+        self._check_generation(generation_config, kwargs, task)
         if generation_config.stop_strings is not None:
             kwargs.setdefault("tokenizer", self.tokenizer)
 
         cache, memory_mask, end = self._open(memory, self._prefix(task), task)
         if task == "instruction":
-            prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
-            if not prompts:
-                raise ValueError("Expected at least one prompt, got an empty list.")
+            prompts = _as_prompts(prompt)
             ids, mask = _pad_left(self.encode_prompts(prompts), device=end.device)
             rows = max(len(memory), len(prompts))
             if {len(memory), len(prompts)} - {1, rows}:
@@ -515,6 +553,9 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                     f"Expected one prompt per context, one prompt or one context, got {len(prompts)} prompts for "
                     f"{len(memory)} contexts."
                 )
+            columns = memory_mask.shape[1] + ids.shape[1]
+            if not mask.all() and self._leaves_window(columns, generation_config.max_new_tokens):
+                return self._generate_apart(memory, prompts, generation_config, options)
             cache.batch_repeat_interleave(rows // len(memory))
             memory_mask, end = memory_mask.expand(rows, -1), end.expand(rows)
             ids, mask = ids.expand(rows, -1), mask.expand(rows, -1)
@@ -526,7 +567,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             # generate() counts the cached part as a part of the embeddings and cuts it off again.
             inputs = {"inputs_embeds": F.pad(embeds, (0, 0, cache.get_seq_length(), 0))}
         positions = self._text_start(task, end)[:, None] + (mask.cumsum(dim=1) - 1).clamp(min=0)
-        self._check_positions(int(positions.max()))
+        self._check_positions(int(positions.max()) + (generation_config.max_new_tokens or 1) - 1)
 
         # generate() repeats the text for beams and several sequences, but not a cache that was given.
         sequences = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
@@ -546,6 +587,33 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             return output
         return output[:, given:]
 
+    def _leaves_window(self, columns: int, new_tokens: int | None) -> bool:
+        """Whether a base with a sliding window loses sight of its first columns, so that padding would matter."""
+        config = self.config.text_config
+        window = getattr(config, "sliding_window", None)
+        layers = getattr(config, "layer_types", None) or ["sliding_attention"]
+        if window is None or "sliding_attention" not in layers:
+            return False
+        return new_tokens is None or columns + new_tokens > window
+
+    def _generate_apart(self, memory: ICAEMemory, prompts: list[str], generation_config, options) -> torch.Tensor:
+        """Row by row: the padding between slots and shorter prompts would use up the window of the base."""
+        if generation_config.return_dict_in_generate:
+            raise ValueError(
+                "Expected prompts of one length beside `return_dict_in_generate=True`, because this base has a "
+                "sliding window, got several lengths; ask them one by one."
+            )
+        rows = max(len(memory), len(prompts))
+        memories = [memory[index] for index in range(len(memory))] * (rows // len(memory))
+        options = options | {"generation_config": generation_config}
+        answers = [
+            row
+            for memory, prompt in zip(memories, prompts * (rows // len(prompts)), strict=True)
+            for row in self.generate(memory=memory, prompt=prompt, **options)
+        ]
+        pad = generation_config.pad_token_id
+        return pad_sequence(answers, batch_first=True, padding_value=self._end_token_id if pad is None else pad)
+
     def reconstruct(self, memory: ICAEMemory | str | list[str] | torch.Tensor, **kwargs) -> list[str]:
         """
         Writes the compressed contexts out again: the autoencoding task (paper, section 2.2.1), greedy by default.
@@ -559,7 +627,8 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         if not isinstance(memory, ICAEMemory):
             memory = self.compress(memory)
         kwargs = {"do_sample": False, "max_new_tokens": int(memory.num_tokens.max()) + 1} | kwargs
-        ids = self.generate(memory=memory, task="autoencoding", **kwargs)
+        output = self.generate(memory=memory, task="autoencoding", **kwargs)
+        ids = output.sequences if isinstance(output, ModelOutput) else output
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     # ------------------------------------------------------------------------------------------------- text and checks
@@ -621,6 +690,12 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                 context = [context]
             if all(isinstance(text, str) for text in context):
                 context = self._tokenize_plain(list(context))
+            for row in context:
+                if not isinstance(row, list | tuple) or not all(type(token) is int for token in row):
+                    raise ValueError(
+                        "Expected a context as str or as a list of token ids, all of one kind, got "
+                        f"{type(row).__name__} {str(row)[:40]!r}."
+                    )
             rows = [torch.tensor(row, dtype=torch.long, device=device) for row in context]
             ids = pad_sequence(rows, batch_first=True)
             lengths = torch.tensor([len(row) for row in rows], device=device)
@@ -633,15 +708,32 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             )
         return ids, mask
 
+    def _check_generation(self, config: GenerationConfig, kwargs: dict[str, Any], task: str) -> None:
+        if config.use_cache is False or config.prefill_chunk_size is not None:
+            raise ValueError(
+                "Expected `use_cache=True` and no `prefill_chunk_size`, because the slots live in the cache, got "
+                f"{config.use_cache} and {config.prefill_chunk_size}; leave both out."
+            )
+        guesses = config.prompt_lookup_num_tokens is not None or kwargs.get("assistant_model") is not None
+        if guesses and task != "instruction":
+            raise ValueError(
+                f"Expected no `prompt_lookup_num_tokens` and no `assistant_model` for the task {task!r}, got one: "
+                "they guess from the tokens of a prompt, and this task has none."
+            )
+
     def _check_memory(self, memory: ICAEMemory) -> None:
         if not isinstance(memory, ICAEMemory):
             raise TypeError(
                 f"Expected `memory` to be an ICAEMemory, got {type(memory).__name__}; call `compress` first."
             )
+        if memory.fingerprint == "" and self.training:
+            return  # of this very step: the weights, and so the fingerprint, are about to change
         if memory.fingerprint != self.fingerprint:
+            found = memory.fingerprint or "none: it was made in train mode"
             raise ValueError(
                 f"Expected a memory of this model (fingerprint {self.fingerprint}), got one of another model or of "
-                f"another state of its training (fingerprint {memory.fingerprint}); compress the context again."
+                f"another state of its training (fingerprint {found}); compress the context again, after "
+                "`model.eval()`."
             )
         memory.check_finite()
 
@@ -654,10 +746,22 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             )
 
 
+def _as_prompts(prompt: Any) -> list[str]:
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(text, str) for text in prompts):
+        raise ValueError(f"Expected a prompt as str or a list of at least one str, got {prompt!r}.")
+    return list(prompts)
+
+
 def _left_justify(ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Moves the padding of each row to the right."""
     if mask is None:
         return ids, torch.ones_like(ids, dtype=torch.bool)
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"Expected a mask of the same shape as its ids, {tuple(ids.shape)}, got a mask of shape "
+            f"{tuple(mask.shape)}; it marks which of them are tokens."
+        )
     order = mask.bool().logical_not().to(torch.int8).argsort(dim=1, stable=True)
     return ids.gather(1, order), mask.bool().gather(1, order)
 
@@ -674,9 +778,8 @@ def _pack(layers: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     return torch.cat([states.transpose(1, 2).flatten(2) for layer in layers for states in layer], dim=-1)
 
 
-def _unpack(slots: torch.Tensor, like: DynamicCache) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The inverse of `_pack`, for the layers of the cache `like`."""
-    shapes = [(states.shape[1], states.shape[3]) for layer in like.layers for states in (layer.keys, layer.values)]
+def _unpack(slots: torch.Tensor, shapes: list[tuple[int, int]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The inverse of `_pack`: keys and values of each layer, of the given `(heads, head size)`."""
     parts = slots.split([heads * size for heads, size in shapes], dim=-1)
     states = [part.unflatten(-1, shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)]
     return zip(states[::2], states[1::2], strict=True)

@@ -5,7 +5,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -200,10 +200,11 @@ class ICAEPreTrainedModel(PreTrainedModel):
         _check_base(base)
         if verify_base and config.base_model_fingerprint is not None:
             found = _base_fingerprint(base)
-            if found is not None and found != config.base_model_fingerprint:
+            known = config.base_model_fingerprint
+            if found is not None and any(a != b for a, b in zip(found.split("-"), known.split("-"), strict=False)):
                 raise ValueError(
                     f"Expected the base model {config.base_model_name_or_path!r} (fingerprint "
-                    f"{config.base_model_fingerprint}), got {base.config._name_or_path!r} (fingerprint "
+                    f"{known}), got {base.config._name_or_path!r} (fingerprint "
                     f"{found}). Slots are written for one set of weights: pass the right `base_model`, or "
                     "`verify_base=False` if you know that the difference is harmless."
                 )
@@ -268,6 +269,8 @@ class ICAEPreTrainedModel(PreTrainedModel):
             dtype (`torch.dtype`, *optional*):
                 Stores the tensors in this dtype, for example `torch.bfloat16` for publishing.
         """
+        if kwargs.get("push_to_hub"):
+            raise ValueError("Expected no `push_to_hub` here, got True; call `model.push_to_hub(repo_id)` instead.")
         if not is_main_process:
             return
         folder = Path(save_directory)
@@ -320,14 +323,18 @@ class ICAEPreTrainedModel(PreTrainedModel):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base's tokenizer, loaded when first needed."""
         if self._tokenizer is None:
-            source = self.name_or_path if os.path.isdir(self.name_or_path) else self.language_model.name_or_path
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(source)
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"Expected a tokenizer at {source!r}, found none ({error}); set `model.tokenizer` or give token "
-                    "ids."
-                ) from error
+            sources = [self.name_or_path, self.language_model.name_or_path, self.config.base_model_name_or_path]
+            reason: Exception = ValueError("no name is known")
+            for source in filter(None, sources):  # the ICAE's own first
+                try:
+                    self._tokenizer = AutoTokenizer.from_pretrained(source)
+                    return self._tokenizer
+                except (OSError, ValueError) as error:
+                    reason = error
+            raise ValueError(
+                f"Expected a tokenizer at one of {sources}, found none ({reason}); set `model.tokenizer` or give "
+                "token ids."
+            ) from reason
         return self._tokenizer
 
     @tokenizer.setter
@@ -338,13 +345,13 @@ class ICAEPreTrainedModel(PreTrainedModel):
     def fingerprint(self) -> str:
         """Digest of base, adapter, memory embeddings and configuration: which model a memory belongs to."""
         parameters = self.trainable_parameters()
-        versions = tuple((id(parameter), parameter._version) for parameter in parameters.values())
+        versions = tuple((parameter.data_ptr(), parameter._version) for parameter in parameters.values())
         if self._fingerprint is None or self._fingerprint[0] != versions:
             kind = [self.config.memory_type, self.config.encoder_layout, self.config.lora_alpha]
             digest = hashlib.sha256(json.dumps([self.config.base_model_fingerprint, *kind]).encode())
-            for name, parameter in parameters.items():
-                if name != "task_embeddings":  # the decoder's; the slots do not depend on it
-                    digest.update(parameter.detach().bfloat16().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            # The task embeddings are the decoder's; the slots do not depend on them.
+            encoder = (parameter for name, parameter in parameters.items() if name != "task_embeddings")
+            digest.update(_digest(encoder).encode())
             self._fingerprint = versions, digest.hexdigest()[:16]
         return self._fingerprint[1]
 
@@ -385,9 +392,15 @@ class ICAEPreTrainedModel(PreTrainedModel):
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, every_n_layers=1):
         layers = [module for module in self.language_model.modules() if isinstance(module, GradientCheckpointingLayer)]
         for index, layer in enumerate(layers):
-            layer.__dict__.pop("forward", None)
+            before = layer.__dict__.pop("forward", None)  # accelerate's hooks stand here too
+            if isinstance(before, partial) and before.func is checkpointed_forward:
+                before = before.keywords["before"]
             if enable and index % every_n_layers == 0:
-                layer.forward = checkpointed_forward(self, layer.forward, index, gradient_checkpointing_func)
+                layer.forward = partial(  # a partial, because copy.deepcopy copies what is bound in it
+                    checkpointed_forward, self, layer, index, gradient_checkpointing_func, before=before
+                )
+            elif before is not None:
+                layer.forward = before
 
 
 def _is_icae_parameter(name: str) -> bool:
@@ -403,7 +416,7 @@ def _lora_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
         return layer.base_layer(x)
     flat = x.flatten(0, -2)
     low_rank = F.linear(layer.lora_dropout[ADAPTER](flat), layer.lora_A[ADAPTER].weight.to(x.dtype))
-    up = layer.lora_B[ADAPTER].weight.to(x.dtype)
+    up = layer.lora_B[ADAPTER].weight.to(low_rank.dtype)  # not that of x under autocast
     output = layer.base_layer(flat).addmm_(low_rank, up.T, alpha=layer.scaling[ADAPTER])
     return output.unflatten(0, x.shape[:-1])
 
@@ -413,8 +426,8 @@ def _without_effect(config: ICAEConfig) -> str | None:
     made before that layer's queries, output and feed-forward block."""
     if config.memory_type == "hidden_states":
         return None
-    makes_keys_or_values = "k_proj|v_proj|qkv|query_key_value|c_attn"
-    return rf".*\.{config.text_config.num_hidden_layers - 1}\.(?!.*({makes_keys_or_values})).*"
+    others = r"(mlp|feed_forward|block_sparse_moe)\.|(q_proj|q_[ab]_proj|o_proj|out_proj|c_proj|dense|fc1|fc2)$"
+    return rf".*\.{config.text_config.num_hidden_layers - 1}\.(?=.*({others})).*"
 
 
 def _load_base(name: str, **kwargs) -> PreTrainedModel:
@@ -430,7 +443,21 @@ def _load_base(name: str, **kwargs) -> PreTrainedModel:
 
 
 def _check_base(base: PreTrainedModel) -> None:
-    if base.get_input_embeddings().weight.dtype == torch.float16:
+    check_dtype(base.get_input_embeddings().weight.dtype)
+    if base.config.is_encoder_decoder or base._is_stateful:
+        raise ValueError(
+            f"Expected a base with a cache of keys and values, as decoder-only models have, got {type(base).__name__}."
+        )
+    if base.config.eos_token_id is None:
+        raise ValueError(
+            f"Expected a base with an end token, got `eos_token_id=None` in the configuration of "
+            f"{type(base).__name__}; set it, a reconstruction has to end somewhere."
+        )
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raises a `ValueError` for float16."""
+    if dtype == torch.float16:
         raise ValueError(
             "Expected a base in bfloat16 or float32, got float16, whose range the hidden states of language models "
             "leave; load it with `dtype=torch.bfloat16`."
@@ -438,16 +465,27 @@ def _check_base(base: PreTrainedModel) -> None:
 
 
 def _base_fingerprint(base: PreTrainedModel) -> str | None:
-    """Digest of the norms and of some input embeddings, rounded to bfloat16: the same in every dtype that the base is
-    loaded in, and with quantised linear layers. `None` when weights are offloaded."""
+    """
+    Digests, joined by "-", of the norms and some input embeddings, and of some weights of the linear layers, rounded
+    to bfloat16: the same in every dtype that the base is loaded in. Quantised linear layers have no second digest.
+    `None` when weights are offloaded.
+    """
     embeddings = base.get_input_embeddings().weight
-    rows = embeddings[:: max(1, len(embeddings) // 64)]
-    parts = [rows, *(weight for weight in base.parameters() if weight.dim() == 1)]
-    if any(part.is_meta for part in parts):
+    kept = [embeddings[:: max(1, len(embeddings) // 64)]]
+    kept += [weight for weight in base.parameters() if weight.dim() == 1]
+    linear = [weight for weight in base.parameters() if weight.dim() == 2 and weight is not embeddings]
+    if any(weight.is_meta for weight in kept + linear):
         return None
+    parts = [kept]
+    if getattr(base.config, "quantization_config", None) is None:
+        parts.append([weight.flatten()[:: max(1, weight.numel() // 64)] for weight in linear])
+    return "-".join(_digest(tensors) for tensors in parts)
+
+
+def _digest(tensors: Iterable[torch.Tensor]) -> str:
     digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.detach().bfloat16().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for tensor in tensors:
+        digest.update(tensor.detach().bfloat16().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -178,7 +178,6 @@ def test_bfloat16_gradients_are_those_without(make_icae, ragged):
     same(gradients(model, *ragged), expected, atol=1e-3)
 
 
-@pytest.mark.xfail(strict=True, reason="the copy calls the original's layers, whose adapter rests")
 def test_a_copy_computes_the_same_with_its_own_weights(model, ragged):
     model.activation_checkpointing_enable({"use_reentrant": False})
     expected = model(*ragged).loss

@@ -241,7 +241,6 @@ def test_a_window_shorter_than_the_text_does_what_it_does_in_the_base(pair, fami
     check_losses(model, reference, length=32)
 
 
-@pytest.mark.xfail(strict=True, reason="padding between text and slots uses up the window")
 @pytest.mark.parametrize("family", WINDOWED)
 @pytest.mark.parametrize("memory_type", MEMORY_TYPES)
 def test_a_batch_equals_its_rows_under_a_short_window(make_icae, ragged, family, memory_type):
@@ -258,7 +257,6 @@ def test_a_batch_equals_its_rows_under_a_short_window(make_icae, ragged, family,
             close(losses[task][row, : expected.shape[1]], expected[0], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="padding between slots and prompt uses up the window")
 @pytest.mark.parametrize("family", WINDOWED)
 @pytest.mark.parametrize("memory_type", MEMORY_TYPES)
 def test_a_batch_of_answers_equals_one_by_one_under_a_short_window(make_icae, family, memory_type):

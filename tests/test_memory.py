@@ -241,7 +241,6 @@ def test_a_memory_that_is_read_stays_as_it_is(model, memory):
     assert torch.equal(memory.slots, before)
 
 
-@pytest.mark.xfail(strict=True, reason="booleans are taken for the row numbers 0 and 1")
 def test_a_mask_chooses_rows_or_is_refused(memory):
     pair = memory[[0, 1]]
     for mask in ([True, True], torch.tensor([True, True])):
@@ -252,7 +251,6 @@ def test_a_mask_chooses_rows_or_is_refused(memory):
         assert same(chosen, pair)
 
 
-@pytest.mark.xfail(strict=True, reason="slots are not cast to the model's dtype")
 @pytest.mark.parametrize("memory_type", ["key_values", "hidden_states"])
 def test_a_float32_memory_can_be_read_by_a_bfloat16_model(make_icae, ragged, memory_type):
     model = make_icae(base=make_base().bfloat16(), memory_type=memory_type)

