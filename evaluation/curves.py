@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
 from icae.evaluation.record import write_record
 
@@ -51,8 +52,10 @@ def plot(runs: dict[str, dict[str, Any]], title: str, file: Path) -> None:
         axes.plot(run["context_tokens"], run["ae_loss_other_text"], linestyle="--", color=line.get_color(), alpha=0.6)
     axes.plot([], [], linestyle="--", color="gray", label="the same with another text's slots")
     axes.set(xlabel="context tokens trained on", ylabel="autoencoding loss, nats per token", title=title)
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
+    axes.set_yscale("log")  # the control is a hundred times the loss
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(file, dpi=130)
     plt.close(figure)
