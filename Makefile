@@ -54,7 +54,7 @@ comparison: $(STAMP)  ## layouts and memory types at equal tokens -> results/lay
 	  --title "Autoencoding at 4x, 64-token spans, SmolLM2-135M: position layouts and memory types"
 
 bench: $(STAMP)  ## what a training step costs -> results/bench_train.json
-	OMP_NUM_THREADS=1 $(BIN)/icae bench train
+	$(BIN)/icae bench train
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache src/*.egg-info

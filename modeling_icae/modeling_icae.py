@@ -186,7 +186,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         # (The last states of "hidden_states" carry no position, so their spans are encoded at the start.)
         is_cache = self.config.memory_type == "key_values"
         sequential = self.config.encoder_layout == "sequential"
-        shifts = []
+        shifts: list[int] = []
         for row in spans:
             taken = [tokens + slots if sequential else tokens for slots, tokens in row]
             self._check_positions(sum(taken) if is_cache else taken[0])

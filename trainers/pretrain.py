@@ -31,7 +31,7 @@ class PretrainArguments:
     init_from: str | None = field(default=None, metadata={"help": "An ICAE checkpoint to go on from."})
     dtype: str = field(default="bfloat16", metadata={"help": "dtype of the frozen base."})
     attn_implementation: str | None = field(
-        default=None, metadata={"help": 'Attention of the base; "eager" trains faster than "sdpa" on a CPU.'}
+        default=None, metadata={"help": 'Attention of the base; "grouped" is the fastest to train on a CPU.'}
     )
     dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub."})
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
