@@ -63,8 +63,9 @@ def costs(record: dict[str, Any]) -> str:
     rows = "\n".join(f"| {name} | {value:.2f}x |" for name, value in record["ratios"].items())
     hardware = record["made_by"]["hardware"]
     return f"""\
-**What training costs** (`icae bench train`, ratios within one run on {hardware["torch_threads"]} CPU threads, {record["memory_batch"]["rows"]} rows of
-{record["arguments"]["span_length"]} tokens a step; two copies: a plain loop with two copies of the base and all logits, one row at a time, as the official code trains):
+**What training costs** (`icae bench train`, ratios within one run on {hardware["torch_threads"]} CPU threads,
+{record["memory_batch"]["rows"]} rows of {record["arguments"]["span_length"]} tokens a step; two copies: a plain loop
+with two copies of the base and all logits, one row at a time, as the official code trains):
 
 | | |
 | --- | --- |

@@ -26,14 +26,12 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
 )
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
+from .chat_icae import chat_pieces, encode_plain, encode_prompt, encode_response
 from .configuration_icae import TASKS
 from .memory_icae import ICAEMemory
 from .pretrained_icae import ICAEPreTrainedModel, check_dtype
-
-
-CONTEXT_MARK, PROMPT_MARK = "<<icae-context>>", "<<icae-prompt>>"
 
 
 @dataclass
@@ -72,6 +70,9 @@ class _Text:
     mask: torch.Tensor  # (B, T) true = token
     labels: torch.Tensor  # (B, T)
     label_mask: torch.Tensor  # (B, T) true = target
+
+    def __getitem__(self, rows: torch.Tensor) -> "_Text":
+        return _Text(self.embeds[rows], self.mask[rows], self.labels[rows], self.label_mask[rows])
 
 
 class _FrozenHeadCrossEntropy(torch.autograd.Function):
@@ -143,6 +144,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         *,
         span_length: int | None = None,
         max_spans_per_batch: int = 32,
+        progress: bool = False,
     ) -> ICAEMemory:
         """
         Compresses contexts into memory slots.
@@ -157,6 +159,8 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                 Tokens compressed at once, at most `config.span_length`, which is the default.
             max_spans_per_batch (`int`, *optional*, defaults to 32):
                 Spans encoded at once. Bounds the memory of the pass; the result does not depend on it.
+            progress (`bool`, *optional*, defaults to `False`):
+                Whether to show a progress bar.
 
         Returns:
             [`ICAEMemory`] of one row per context.
@@ -165,9 +169,43 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             `ValueError`: if a context is empty, or too long for the base's positions.
         """
         ids, mask = self._context_ids(context, attention_mask)
-        return self._compress(ids, mask, span_length, max_spans_per_batch)
+        return self._compress(ids, mask, span_length, max_spans_per_batch, progress=progress)
 
-    def _compress(self, ids, mask, span_length=None, max_spans_per_batch: int = 32) -> ICAEMemory:
+    @torch.no_grad()
+    def extend(
+        self,
+        memory: ICAEMemory,
+        context: str | list[str] | list[int] | list[list[int]] | torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> ICAEMemory:
+        """
+        Adds text to a memory — a chat history, a log — without compressing anything again.
+
+        The new text starts a new span. If the text before ended with a whole span, the result is that of compressing
+        all of it at once.
+
+        Args:
+            memory ([`ICAEMemory`]):
+                The memory so far. It is not changed.
+            context, attention_mask, kwargs:
+                The text that follows, one per row of the memory, as in
+                [`~ICAEForConditionalGeneration.compress`].
+
+        Returns:
+            [`ICAEMemory`] with the spans of both.
+        """
+        self._check_memory(memory)
+        ids, mask = self._context_ids(context, attention_mask)
+        if len(ids) != len(memory):
+            raise ValueError(f"Expected one text per row of the memory ({len(memory)}), got {len(ids)}.")
+        is_cache = memory.memory_type == "key_values"  # else `concat` moves the new slots behind the others
+        offsets = (memory.end - 1).tolist() if is_cache else None
+        return ICAEMemory.concat([memory, self._compress(ids, mask, **kwargs, offsets=offsets)])
+
+    def _compress(
+        self, ids, mask, span_length=None, max_spans_per_batch: int = 32, progress: bool = False, offsets=None
+    ) -> ICAEMemory:
         span_length = self.config.span_length if span_length is None else span_length
         if not 1 <= span_length <= self.config.span_length:
             raise ValueError(
@@ -187,14 +225,15 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         is_cache = self.config.memory_type == "key_values"
         sequential = self.config.encoder_layout == "sequential"
         shifts: list[int] = []
-        for row in spans:
+        for row, offset in zip(spans, offsets or [0] * len(spans), strict=True):
             taken = [tokens + slots if sequential else tokens for slots, tokens in row]
-            self._check_positions(sum(taken) if is_cache else taken[0])
-            shifts += itertools.accumulate([0, *(taken if is_cache else (tokens for _, tokens in row))][:-1])
+            self._check_positions(offset + sum(taken) if is_cache else taken[0])
+            shifts += itertools.accumulate([offset, *(taken if is_cache else (tokens for _, tokens in row))][:-1])
 
         flat = [span for row in rows for span in row]
         slots, positions = [], []
-        for first in range(0, len(flat), max_spans_per_batch):
+        firsts = range(0, len(flat), max_spans_per_batch)
+        for first in logging.tqdm(firsts, desc="Compressing", disable=not progress):
             part = slice(first, first + max_spans_per_batch)
             encoded = self._encode(flat[part], torch.tensor(shifts[part], device=ids.device))
             slots.append(encoded[0])
@@ -329,13 +368,16 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         prompt_mask: torch.Tensor | None = None,
         response_ids: torch.Tensor | None = None,
         response_mask: torch.Tensor | None = None,
+        autoencoding_rows: torch.Tensor | None = None,
         autoencoding_weight: float | None = None,
         continuation_weight: float | None = None,
+        distillation_weight: float = 0.0,
         span_length: int | None = None,
         **kwargs,
     ) -> ICAEOutput:
         r"""
-        The training losses: contexts are compressed once and read back by every task that has a target.
+        The training losses: contexts are compressed once and read back by every task that has a target. A task reads
+        only the rows that have one.
 
         Args:
             context_ids (`torch.LongTensor` of shape `(batch_size, context_length)`):
@@ -350,11 +392,17 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                 What stands between memory and response, see [`~ICAEForConditionalGeneration.encode_prompts`].
             response_ids, response_mask (of shape `(batch_size, response_length)`, *optional*):
                 The target of the instruction task, with its end token.
+            autoencoding_rows (`torch.BoolTensor` of shape `(batch_size,)`, *optional*):
+                Rows to autoencode. Default: all.
             autoencoding_weight (`float`, *optional*):
                 Weight λ of autoencoding (paper, section 2.3). Default: 0.5 beside a continuation, 1 when there is no
                 other target, 0 beside a response.
             continuation_weight (`float`, *optional*):
                 Weight of continuation. Default: 1 - λ, or 1 beside a response.
+            distillation_weight (`float`, *optional*, defaults to 0.0):
+                Share of the instruction loss that comes from a teacher, the frozen base with the whole context: the
+                Kullback-Leibler divergence of its next-token distribution from the one behind the slots. The rest is
+                the cross entropy of the response.
             span_length (`int`, *optional*):
                 Tokens compressed at once, at most and by default `config.span_length`.
 
@@ -383,7 +431,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         if autoencoding_weight > 0:
             if context_ids is None or context_mask is None:
                 raise ValueError("Expected `context_ids`, the target of autoencoding, beside `memory`; got None.")
-            texts["autoencoding"] = self._autoencoding_text(context_ids, context_mask)
+            texts["autoencoding"] = self._autoencoding_text(context_ids, context_mask, autoencoding_rows)
             weights["autoencoding"] = autoencoding_weight
         if continuation_ids is not None:
             texts["continuation"] = self._continuation_text(*_left_justify(continuation_ids, continuation_mask))
@@ -393,22 +441,32 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             weights["instruction"] = 1.0
         if not texts:
             raise ValueError("Expected at least one task, got `autoencoding_weight=0` and no other target.")
+
+        task_losses, token_losses, token_correct = {}, {}, {}
         for task, text in texts.items():
             if len(text.mask) != len(memory):
                 raise ValueError(
                     f"Expected one row per context for the task {task!r}, got {len(text.mask)} rows for "
                     f"{len(memory)} contexts."
                 )
-            if not text.label_mask.any():
+            rows = text.label_mask.any(dim=1)
+            if not rows.any():
                 raise ValueError(f"Expected at least one target token for the task {task!r}, got none.")
-
-        task_losses, token_losses, token_correct = {}, {}, {}
-        for task, text in texts.items():
-            losses, correct = self._score(memory, task, text)
-            task_losses[task] = losses.sum() / text.label_mask.sum()
-            token_losses[task] = losses.detach()
-            if correct is not None:
-                token_correct[task] = correct
+            if rows.all():
+                hidden = self._read(memory, task, text)
+            else:
+                hidden = self._read(memory[rows], task, text[rows])
+            targets = text.label_mask
+            loss, hit = self._cross_entropy(hidden, text.labels[targets])
+            if task == "instruction" and distillation_weight > 0:
+                if context_ids is None or context_mask is None:
+                    raise ValueError("Expected `context_ids`, which the teacher reads, beside `memory`; got None.")
+                teacher = self._read_full_context(context_ids[rows], context_mask[rows], text[rows])
+                loss = (1 - distillation_weight) * loss + distillation_weight * self._divergence(hidden, teacher)
+            task_losses[task] = loss.mean()
+            token_losses[task] = loss.new_zeros(targets.shape).masked_scatter(targets, loss.detach())
+            if hit is not None:
+                token_correct[task] = targets.masked_scatter(targets, hit)
         return ICAEOutput(
             loss=torch.stack([weights[task] * loss for task, loss in task_losses.items()]).sum(),
             task_losses=task_losses,
@@ -418,12 +476,15 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             memory=memory,
         )
 
-    def _autoencoding_text(self, ids: torch.Tensor, mask: torch.Tensor) -> _Text:
+    def _autoencoding_text(self, ids: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor | None = None) -> _Text:
         """[AE] c1 … cS -> c1 … cS end"""
         lengths = mask.sum(dim=1, keepdim=True)
         places = torch.arange(ids.shape[1] + 1, device=ids.device)
-        labels = F.pad(ids, (0, 1)).masked_fill(places == lengths, self._end_token_id)
-        return self._task_text("autoencoding", ids, labels, places <= lengths)
+        labels = F.pad(ids, (0, 1)).masked_fill(places == lengths, self._end_token_ids[0])
+        text = self._task_text("autoencoding", ids, labels, places <= lengths)
+        if rows is not None:
+            text.label_mask = text.mask & rows[:, None]
+        return text
 
     def _continuation_text(self, ids: torch.Tensor, mask: torch.Tensor) -> _Text:
         """[LM] n1 … nN-1 -> n1 … nN"""
@@ -438,31 +499,61 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
     def _instruction_text(self, prompt_ids, prompt_mask, response_ids, response_mask) -> _Text:
         """prompt r1 … rR-1 -> r1 … rR (r1 is predicted at the last token of the prompt)"""
         prompt_ids, prompt_mask = _left_justify(prompt_ids, prompt_mask)
-        if not prompt_mask.any(dim=1).all():
-            row = int(prompt_mask.any(dim=1).logical_not().nonzero()[0])
-            raise ValueError(
-                f"Expected a prompt of at least one token in every row, got none in row {row}: the first token of a "
-                "response is predicted at the last one of its prompt."
-            )
         response_ids, response_mask = _left_justify(response_ids, response_mask)
+        without_prompt = response_mask.any(dim=1) & ~prompt_mask.any(dim=1)
+        if without_prompt.any():
+            row = int(without_prompt.nonzero()[0])
+            raise ValueError(
+                f"Expected a prompt of at least one token before a response, got none in row {row}: the first token "
+                "of a response is predicted at the last one of its prompt."
+            )
         is_response = torch.cat([torch.zeros_like(prompt_mask), response_mask], dim=1)
         mask = torch.cat([prompt_mask, response_mask], dim=1)
         is_response, _ = _left_justify(is_response, mask)
         ids, mask = _left_justify(torch.cat([prompt_ids, response_ids], dim=1), mask)
         return _Text(self._embed(ids[:, :-1]), mask[:, :-1], ids[:, 1:], is_response[:, 1:])
 
-    def _score(self, memory: ICAEMemory, task: str, text: _Text) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Loss at each target of a text read behind a memory and, in eval mode, whether the target is the most likely
-        token; both of shape `(B, T)`."""
+    def _read(self, memory: ICAEMemory, task: str, text: _Text) -> torch.Tensor:
+        """Last hidden states at the targets of a text that is read behind a memory, of shape `(targets, H)`."""
         cache, memory_mask, end = self._open(memory, self._prefix(task), task)
         places = torch.arange(text.mask.shape[1], device=end.device)
         positions = self._text_start(task, end)[:, None] + places
         self._check_positions(int(positions[text.mask].max()))
         hidden = self._run(text.embeds, torch.cat([memory_mask, text.mask], dim=1), positions, cache)
-        targets = text.label_mask
-        loss, hit = self._cross_entropy(hidden[targets], text.labels[targets])  # (B, T, H) -> (targets, H)
-        losses = loss.new_zeros(targets.shape).masked_scatter(targets, loss)
-        return losses, None if hit is None else targets.masked_scatter(targets, hit)
+        return hidden[text.label_mask]  # (B, T, H) -> (targets, H)
+
+    @torch.no_grad()
+    def _read_full_context(self, context_ids: torch.Tensor, context_mask: torch.Tensor, text: _Text) -> torch.Tensor:
+        """The same of the frozen base with the context itself in place of the memory."""
+        prefix = self._prefix("instruction")
+        lengths = text.mask.sum(dim=1)
+        rows, starts = [], []
+        for ids, is_token, embeds, length in zip(context_ids, context_mask, text.embeds, lengths, strict=True):
+            before = self._embed(torch.cat([prefix, ids[is_token]]))
+            rows.append(torch.cat([before, embeds[:length]]))
+            starts.append(len(before))
+        embeds = pad_sequence(rows, batch_first=True)  # (B, P + S + T, H)
+        self._check_positions(embeds.shape[1])
+        positions = torch.arange(embeds.shape[1], device=embeds.device).expand(len(rows), -1)
+        mask = positions < torch.tensor([len(row) for row in rows], device=embeds.device)[:, None]
+        with self.adapter(False):
+            hidden = self._run(embeds, mask, positions, DynamicCache())
+        parts = zip(hidden, starts, text.label_mask, lengths, strict=True)
+        return torch.cat(
+            [states[start : start + length][targets[:length]] for states, start, targets, length in parts]
+        )
+
+    def _divergence(self, hidden: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """Kullback-Leibler divergence of the next token's distribution from the teacher's, in nats per target."""
+        parts = []
+        for student_part, teacher_part in zip(
+            hidden.split(self._loss_chunk_size), teacher.split(self._loss_chunk_size), strict=True
+        ):
+            with torch.no_grad():
+                target = self._logits(teacher_part).log_softmax(dim=-1, dtype=torch.float32)  # (n, V)
+            scores = self._logits(student_part).log_softmax(dim=-1, dtype=torch.float32)
+            parts.append(F.kl_div(scores, target, reduction="none", log_target=True).sum(dim=-1))
+        return torch.cat(parts)
 
     def _cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Nats per target, of shape `(targets,)`, and in eval mode whether each target is the most likely token."""
@@ -480,9 +571,9 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         return torch.zeros_like(end) if overlay else end
 
     @property
-    def _end_token_id(self) -> int:
+    def _end_token_ids(self) -> list[int]:
         end = self.config.text_config.eos_token_id
-        return end[0] if isinstance(end, list) else end
+        return end if isinstance(end, list) else [end]
 
     # ---------------------------------------------------------------------------------------------------- generation
 
@@ -612,7 +703,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             for row in self.generate(memory=memory, prompt=prompt, **options)
         ]
         pad = generation_config.pad_token_id
-        return pad_sequence(answers, batch_first=True, padding_value=self._end_token_id if pad is None else pad)
+        return pad_sequence(answers, batch_first=True, padding_value=self._end_token_ids[0] if pad is None else pad)
 
     def reconstruct(self, memory: ICAEMemory | str | list[str] | torch.Tensor, **kwargs) -> list[str]:
         """
@@ -633,38 +724,26 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
 
     # ------------------------------------------------------------------------------------------------- text and checks
 
-    def encode_prompts(self, prompts: list[str]) -> list[list[int]]:
-        """Token ids of all that stands behind the memory up to the answer, one list per prompt."""
-        _, middle, after = self._chat_pieces()
-        tokenize = self.tokenizer
-        head, tail = (tokenize(piece, add_special_tokens=False)["input_ids"] for piece in (middle, after))
-        return [head + ids + tail for ids in self._tokenize_plain(prompts)]
+    def encode_prompts(self, prompts: list[str] | list[list[dict[str, Any]]]) -> list[list[int]]:
+        """Token ids of all that stands behind the memory up to the answer, one list per prompt.
+
+        A prompt is a text or a conversation, a list of messages that starts and ends with one of the user's.
+        """
+        return [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+
+    def encode_responses(self, responses: list[str]) -> list[list[int]]:
+        """Token ids of answers with the token that ends them, one list per answer."""
+        return [encode_response(self.tokenizer, response, self._end_token_ids) for response in responses]
 
     def _prefix(self, task: str) -> torch.Tensor:
         """Token ids in front of the memory, of shape `(P,)`: the start token, or the chat template so far."""
         ids = []
         if task == "instruction":
-            ids = self.tokenizer(self._chat_pieces()[0], add_special_tokens=False)["input_ids"]
+            before = chat_pieces(self.tokenizer, [{"role": "user", "content": ""}])[0]
+            ids = self.tokenizer(before, add_special_tokens=False)["input_ids"]
         if ids[:1] != [self.config.start_token_id]:
             ids = [self.config.start_token_id, *ids]
         return torch.tensor(ids, device=self.memory_embeddings.device)
-
-    def _chat_pieces(self) -> tuple[str, str, str]:
-        """The base's chat template before the context, between context and prompt, and from the prompt to the answer.
-
-        A base without a template gets blank lines.
-        """
-        if self.tokenizer.chat_template is None:
-            return "", "\n\n", "\n\n"
-        message = {"role": "user", "content": f"{CONTEXT_MARK}\n\n{PROMPT_MARK}"}
-        text = self.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-        before, _, rest = text.partition(CONTEXT_MARK)
-        middle, _, after = rest.partition(PROMPT_MARK)
-        return before, middle, after
-
-    def _tokenize_plain(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of texts from outside: the names of control tokens in them stay text and control nothing."""
-        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def _context_ids(self, context, attention_mask=None) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and mask of contexts, both of shape `(B, S)`, padding on the right."""
@@ -689,7 +768,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             if isinstance(context[0], int):
                 context = [context]
             if all(isinstance(text, str) for text in context):
-                context = self._tokenize_plain(list(context))
+                context = encode_plain(self.tokenizer, list(context))
             for row in context:
                 if not isinstance(row, list | tuple) or not all(type(token) is int for token in row):
                     raise ValueError(
@@ -746,10 +825,17 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             )
 
 
-def _as_prompts(prompt: Any) -> list[str]:
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(text, str) for text in prompts):
-        raise ValueError(f"Expected a prompt as str or a list of at least one str, got {prompt!r}.")
+def _as_prompts(prompt: Any) -> list[Any]:
+    def is_conversation(prompt) -> bool:
+        return isinstance(prompt, list) and bool(prompt) and all(isinstance(message, dict) for message in prompt)
+
+    prompts = [prompt] if isinstance(prompt, str) or is_conversation(prompt) else prompt
+    kinds = isinstance(prompts, list | tuple) and [isinstance(one, str) or is_conversation(one) for one in prompts]
+    if not kinds or not all(kinds):
+        raise ValueError(
+            "Expected a prompt as str, a list of at least one str, or conversations (lists of messages), got "
+            f"{prompt!r}."
+        )
     return list(prompts)
 
 

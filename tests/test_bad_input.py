@@ -67,7 +67,9 @@ def test_a_prompt_for_a_task_that_has_none(model):
 
 
 def test_an_empty_list_of_prompts(model):
-    with pytest.raises(ValueError, match=r"Expected a prompt as str or a list of at least one str, got \[\]"):
+    with pytest.raises(
+        ValueError, match=r"Expected a prompt as str, a list of at least one str, or conversations .*, got \[\]"
+    ):
         model.generate("text", [])
 
 

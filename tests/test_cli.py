@@ -6,7 +6,7 @@ import pytest
 
 from icae import ICAEForConditionalGeneration, ICAEMemory
 from icae.cli import main
-from icae.demo import mark_differences
+from icae.demo import COLUMN, mark_differences, visible
 from tiny import make_base
 
 
@@ -90,6 +90,15 @@ def test_the_demo_shows_every_passage_and_reads_saved_memories_again(options, tm
 
 
 def test_differences_are_marked():
-    assert mark_differences("a red cat sat", "a blue cat", color=False) == ("a [red] cat [sat]", "a [blue] cat")
-    assert mark_differences("a b", "a b", color=True) == ("a b", "a b")
-    assert "\033[31mred\033[0m" in mark_differences("red", "blue", color=True)[0]
+    assert mark_differences("a red cat sat", "a blue cat", color=False) == {
+        "original": ["a [red] cat [sat]"],
+        "reconstruction": ["a [blue] cat"],
+    }
+    assert mark_differences("a b", "a b", color=True)["original"] == ["a b"]
+    assert "\033[31mred\033[0m" in mark_differences("red", "blue", color=True)["original"]
+
+
+def test_columns_are_wrapped_by_what_is_seen_and_keep_lines_and_indents():
+    lines = mark_differences("def f():\n    return " + "word " * 30, "def", color=True)["original"]
+    assert lines[0].startswith("def") and lines[1].startswith("    ") and len(lines) == 4
+    assert all(visible(line) <= COLUMN for line in lines)

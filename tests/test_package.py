@@ -124,7 +124,7 @@ def test_the_embedded_checkpoint_reads_a_passage_back():
         "The old clock on the station wall had stopped at ten past four, and nobody in the village could remember a "
         "time when it had shown anything else. The station master wound it every Sunday all the same."
     )
-    ids = torch.tensor(model._tokenize_plain([text]))
+    ids = torch.tensor([model.tokenizer(text)["input_ids"]])
     with torch.no_grad():
         output = model(context_ids=ids)
         other = model(context_ids=ids, memory=model.compress("Water boils at a lower temperature on high mountains."))

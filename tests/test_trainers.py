@@ -282,7 +282,7 @@ def test_a_tiny_icae_memorises_four_sentences_and_reads_them_back(make_trainer, 
     options = {"max_steps": 500, "learning_rate": 3e-3, "max_grad_norm": 1.0, "logging_steps": 100}
     trainer = make_trainer(model=model, continuation_length=0, max_spans=1, short_share=0, **options)
     trainer.train_dataset = trainer.eval_dataset = trainer._prepare(
-        Dataset.from_dict({"text": SENTENCES}), model, trainer.args
+        Dataset.from_dict({"text": SENTENCES}), model, trainer.args, training=True
     )
     trainer.train()
     trainer.evaluate()

@@ -19,8 +19,9 @@ from icae.configuration_icae import ICAEConfig
 from icae.embedded import EMBEDDED_BASE_ID, embedded_base
 from icae.modeling_icae import ICAEForConditionalGeneration
 
+from .icae_trainer import last_checkpoint
 from .pretraining_config import ICAEPretrainingConfig
-from .pretraining_trainer import ICAEPretrainingTrainer, last_checkpoint
+from .pretraining_trainer import ICAEPretrainingTrainer
 
 
 @dataclass

@@ -1,35 +1,24 @@
 """The pretraining stage: autoencoding and continuation on every sample (paper, section 2.2)."""
 
-from pathlib import Path
-
 import torch
-from datasets import Dataset, IterableDataset
 from sacrebleu.metrics import BLEU
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
-from trl import SFTTrainer
 
 from icae.modeling_icae import ICAEForConditionalGeneration, ICAEOutput
 
+from .icae_trainer import ICAETrainer
 from .pretraining_config import ICAEPretrainingConfig
 from .pretraining_data import DataCollatorForICAEPretraining, prepare_pretraining_dataset
 
 
-SHORT_NAMES = {"autoencoding": "ae", "continuation": "lm"}
-GROUPS = {"memory_embeddings": "slots", "task_embeddings": "tasks"}  # all others: the adapter
-
-
-class ICAEPretrainingTrainer(SFTTrainer):
+class ICAEPretrainingTrainer(ICAETrainer):
     """
     Pretrains an ICAE on plain documents.
 
     Each sample is a context and the tokens behind it. The context is compressed once; the frozen base then rewrites it
     from the slots (autoencoding) and goes on (continuation). Losses are weighted λ : 1 - λ.
 
-    Besides the loss, it logs in training: the loss of each task, the norm of the slots and, per group of trained
-    tensors, of the clipped gradients, and the context tokens seen (`num_tokens`). In evaluation: the autoencoding loss
-    and teacher-forced accuracy, the accuracy of each quarter of the context, the continuation loss, both losses with
-    **another text's slots** (the control: far above, or the slots are not read), and BLEU and exactly matching prefix
-    of real reconstructions.
+    Besides what [`ICAETrainer`] logs, evaluation logs the autoencoding accuracy of each quarter of the context, and
+    BLEU and exactly matching prefix of real reconstructions.
 
     Args:
         model ([`ICAEForConditionalGeneration`]):
@@ -38,65 +27,16 @@ class ICAEPretrainingTrainer(SFTTrainer):
             The arguments.
         train_dataset, eval_dataset (`Dataset` or `IterableDataset`):
             Documents (a text column), or samples from [`prepare_pretraining_dataset`].
-        processing_class (`PreTrainedTokenizerBase`, *optional*):
-            The tokenizer, by default the model's.
-        callbacks, optimizers:
-            As in `transformers.Trainer`.
+        processing_class, callbacks, optimizers:
+            As in [`ICAETrainer`].
     """
 
-    _tag_names = ("icae", "context-compression", "custom_code")
     _name = "ICAE pretraining"
-    _paper = {
-        "title": "In-context Autoencoder for Context Compression in a Large Language Model",
-        "id": "2307.06945",
-        # docstyle-ignore
-        "citation": """@inproceedings{ge2024incontext,
-  title = {In-context Autoencoder for Context Compression in a Large Language Model},
-  author = {Tao Ge and Jing Hu and Lei Wang and Xun Wang and Si-Qing Chen and Furu Wei},
-  booktitle = {International Conference on Learning Representations},
-  year = {2024},
-}""",
-    }
     args: ICAEPretrainingConfig
-    model: ICAEForConditionalGeneration
-
-    def __init__(
-        self,
-        model: ICAEForConditionalGeneration,
-        args: ICAEPretrainingConfig,
-        train_dataset: Dataset | IterableDataset,
-        eval_dataset: Dataset | IterableDataset | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers=(None, None),
-        peft_config=None,
-    ):
-        if peft_config is not None:
-            raise ValueError(
-                "Expected no `peft_config`: an ICAE brings its own adapter, and a second one around the whole model "
-                "would also change the frozen decoder. Set `lora_r`, `lora_alpha` and `lora_target_modules` in "
-                "`ICAEConfig`."
-            )
-        if not any(parameter.requires_grad for parameter in model.trainable_parameters().values()):
-            raise ValueError("Expected a trainable model, got a frozen one; load it with `is_trainable=True`.")
-        model.tokenizer = processing_class or model.tokenizer
-        train_dataset = self._prepare(train_dataset, model, args)
-        eval_dataset = eval_dataset if eval_dataset is None else self._prepare(eval_dataset, model, args)
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=DataCollatorForICAEPretraining(),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=model.tokenizer,
-            callbacks=[*(callbacks or []), _GradientNorms(self)],
-            optimizers=optimizers,
-        )
-        # SFTTrainer replaces `forward` by one that knows only plain language models; the class's own comes back.
-        self.model.__dict__.pop("forward", None)
+    _collator = DataCollatorForICAEPretraining
 
     @staticmethod
-    def _prepare(dataset, model: ICAEForConditionalGeneration, args: ICAEPretrainingConfig):
+    def _prepare(dataset, model: ICAEForConditionalGeneration, args: ICAEPretrainingConfig, training: bool):
         if "context_ids" in (dataset.column_names or ()):
             return dataset
         return prepare_pretraining_dataset(
@@ -110,59 +50,23 @@ class ICAEPretrainingTrainer(SFTTrainer):
             text_column=args.text_column,
         )
 
-    # ------------------------------------------------------------------------------------------------------- training
+    def _weights(self) -> dict[str, float]:
+        return {"autoencoding_weight": self.args.autoencoding_weight}
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs: ICAEOutput = model(**inputs, autoencoding_weight=self.args.autoencoding_weight)
-        if self.model.training:
-            metrics = self._metrics["train"]
-            for task, loss in outputs.task_losses.items():
-                metrics[f"{SHORT_NAMES[task]}_loss"].append(loss.item())
-            slots = outputs.memory.slots.detach()[outputs.memory.mask]
-            metrics["slot_norm"].append(slots.norm(dim=-1, dtype=torch.float32).mean().item())
-            # In the trainer's state, which is saved, so that the count goes on after a resume.
-            tokens = self.accelerator.gather(inputs["context_mask"].sum()).sum().item()
-            self.state.num_input_tokens_seen += tokens
-            metrics["num_tokens"] = [self.state.num_input_tokens_seen]
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-    # ----------------------------------------------------------------------------------------------------- evaluation
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        self.model.eval()
-        self._metrics["eval"].clear()
-        self._metrics["eval"]["num_tokens"] = [self.state.num_input_tokens_seen]
-        if self.args.eval_reconstructions > 0:
-            for name, value in self._reconstruction_metrics(dataset).items():
-                self._metrics["eval"][name].append(value)
-        # The metrics join the logs in SFTTrainer.log, with the prefix "eval_".
-        return Trainer.evaluate(self, eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
-
-    @torch.no_grad()
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
-        outputs: ICAEOutput = model(**inputs, autoencoding_weight=self.args.autoencoding_weight)
-        metrics = self._metrics["eval"]
-        for task, loss in outputs.task_losses.items():
-            metrics[f"{SHORT_NAMES[task]}_loss"].append(loss.item())
+    def _position_metrics(self, outputs: ICAEOutput) -> dict[str, float]:
         correct, mask = outputs.token_correct["autoencoding"], outputs.token_masks["autoencoding"]
-        metrics["ae_accuracy"].append(correct[mask].float().mean().item())
         places = torch.arange(mask.shape[1], device=mask.device)
         quarter = (4 * places // mask.sum(dim=1, keepdim=True)).clamp(max=3)
-        for number in range(4):
-            hits = correct[mask & (quarter == number)].float()
-            metrics[f"ae_accuracy_quarter_{number + 1}"].append(hits.mean().item())
-        rows = len(mask)
-        if rows > 1:
-            other = outputs.memory[[*range(1, rows), 0]]
-            outputs_other = model(**inputs, memory=other, autoencoding_weight=self.args.autoencoding_weight)
-            for task, loss in outputs_other.task_losses.items():
-                metrics[f"{SHORT_NAMES[task]}_loss_other_text"].append(loss.item())
-        return outputs.loss, None, None
+        return {
+            f"ae_accuracy_quarter_{number + 1}": correct[mask & (quarter == number)].float().mean().item()
+            for number in range(4)
+        }
 
-    def _reconstruction_metrics(self, dataset) -> dict[str, float]:
+    @torch.no_grad()
+    def _generation_metrics(self, dataset) -> dict[str, float]:
         """BLEU (paper, section 3.3.1) and the share of the context before the first wrong token (the paper's "EM")."""
+        if self.args.eval_reconstructions == 0:
+            return {}
         samples = list(dataset.take(self.args.eval_reconstructions))
         contexts = [list(sample["context_ids"]) for sample in samples]
         memory = self.model.compress(contexts)
@@ -176,44 +80,3 @@ class ICAEPretrainingTrainer(SFTTrainer):
         texts = tokenizer.batch_decode(decoded, skip_special_tokens=True)
         bleu = BLEU().corpus_score(texts, [tokenizer.batch_decode(contexts, skip_special_tokens=True)])
         return {"bleu": bleu.score / 100, "exact_prefix": sum(prefixes) / len(prefixes)}
-
-    # ---------------------------------------------------------------------------------------------------- checkpoints
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        (model or self.model).load_icae_weights(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        self.model.load_icae_weights(self.state.best_model_checkpoint)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Trainer copies only files whose names it knows; slots and adapter would be missing in the pushed repository.
-        if self.is_world_process_zero():
-            self.model.save_pretrained(self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """TRL's card would present the model as a text-generation pipeline; an ICAE card comes with `icae push`."""
-
-
-class _GradientNorms(TrainerCallback):
-    """Logs the norm of the clipped gradients of each group of trained tensors, at logging steps."""
-
-    def __init__(self, trainer: ICAEPretrainingTrainer):
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if (state.global_step + 1) % args.logging_steps:
-            return
-        groups: dict[str, list[torch.Tensor]] = {}
-        for name, parameter in self.trainer.model.trainable_parameters().items():
-            if parameter.grad is not None:
-                groups.setdefault(GROUPS.get(name, "adapter"), []).append(parameter.grad)
-        for group, gradients in groups.items():
-            norm = torch.nn.utils.get_total_norm(gradients).item()
-            self.trainer._metrics["train"][f"grad_norm_{group}"].append(norm)
-
-
-def last_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint in a training folder."""
-    found = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    return str(found[-1]) if found else None

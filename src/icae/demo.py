@@ -1,7 +1,9 @@
 """`icae demo`: what comes back from a memory, passage by passage."""
 
 import difflib
+import itertools
 import json
+import re
 import sys
 import tempfile
 import time
@@ -14,6 +16,9 @@ import torch
 from transformers import DynamicCache
 
 from .modeling_icae import ICAEForConditionalGeneration, ICAEMemory
+
+
+COLUMN = 58  # characters
 
 
 def run_demo(
@@ -101,20 +106,43 @@ def show(result: dict[str, Any]) -> None:
         f"compressed in {result['compress_seconds']:.2f} s, written out in {result['reconstruct_seconds']:.1f} s, "
         f"{result['tokens_kept']:.0%} of the tokens came back"
     )
-    original, reconstruction = mark_differences(result["original"], result["reconstruction"], sys.stdout.isatty())
-    print(f"original:\n{original}\nreconstruction:\n{reconstruction}\n")
+    columns = mark_differences(result["original"], result["reconstruction"], sys.stdout.isatty())
+    for left, right in itertools.zip_longest(*[[title, *lines] for title, lines in columns.items()], fillvalue=""):
+        print(f"{left}{' ' * (COLUMN - visible(left))} │ {right}")
+    print()
 
 
-def mark_differences(original: str, reconstruction: str, color: bool) -> tuple[str, str]:
-    """Both texts with the words marked that the other one lacks: in colour, or in [brackets]."""
-    left, right = original.split(" "), reconstruction.split(" ")
+def mark_differences(original: str, reconstruction: str, color: bool) -> dict[str, list[str]]:
+    """
+    Both texts as lines of a column, with the words marked that the other one lacks: in colour, or in [brackets].
+    """
+    left, right = (re.findall(r"\n *|[^ \n]+", text) for text in (original, reconstruction))
     marks = ("\033[31m", "\033[0m"), ("\033[33m", "\033[0m")
     if not color:
         marks = ("[", "]"), ("[", "]")
     words: tuple[list[str], list[str]] = ([], [])
     for kind, i1, i2, j1, j2 in difflib.SequenceMatcher(None, left, right, autojunk=False).get_opcodes():
         for side, part, (opening, closing) in zip(words, (left[i1:i2], right[j1:j2]), marks, strict=True):
-            if part:
-                joined = " ".join(part)
-                side.append(joined if kind == "equal" else f"{opening}{joined}{closing}")
-    return " ".join(words[0]), " ".join(words[1])
+            equal = kind == "equal"
+            side += [word if equal or word.isspace() else f"{opening}{word}{closing}" for word in part]
+    return {"original": wrap(words[0]), "reconstruction": wrap(words[1])}
+
+
+def wrap(words: list[str]) -> list[str]:
+    """Lines of at most a column's width, if no word is wider. (`textwrap` would count colours as letters.)"""
+    lines = [""]
+    for word in words:
+        if word.startswith("\n"):
+            lines.append(word[1:])  # the indent of a new line
+            continue
+        longer = f"{lines[-1]} {word}" if lines[-1].strip() else f"{lines[-1]}{word}"
+        if visible(longer) <= COLUMN:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def visible(text: str) -> int:
+    """Letters that take up room in a terminal."""
+    return len(re.sub(r"\033\[\d+m", "", text))

@@ -1,0 +1,65 @@
+# Copyright 2026 The ICAE authors. Licensed under the Apache License, Version 2.0.
+"""
+Token ids of prompts and responses: the base's own chat template, with the memory where the context would stand.
+
+Texts from outside — contexts, prompts, responses — are tokenised so that the names of control tokens in them stay
+text: `<|im_end|>` in a context cannot close the user's turn. Only the template's own pieces hold control tokens.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+CONTEXT_MARK, CONTENT_MARK = "<<icae-context>>", "<<icae-content>>"
+
+
+def chat_pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], answer: bool = False) -> list[str]:
+    """
+    What the chat template puts around the texts of a conversation about a context: the piece before the context, the
+    one between the context and the first message, and one behind each message.
+
+    With `answer`, the last message is a complete one of the assistant's. A base without a template gets blank lines.
+    """
+    if tokenizer.chat_template is None:
+        return ["", "\n\n", *["\n\n"] * (len(messages) - answer), *[""] * answer]
+    if not messages or messages[0]["role"] != "user":
+        raise ValueError(
+            "Expected a conversation that starts with the user's message, behind which the context stands, got the "
+            f"roles {[message['role'] for message in messages]}; put instructions into the user's message."
+        )
+    marked = [message | {"content": CONTENT_MARK} for message in messages]
+    marked[0]["content"] = f"{CONTEXT_MARK}\n\n{CONTENT_MARK}"
+    text = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=not answer)
+    before, _, rest = text.partition(CONTEXT_MARK)
+    pieces = [before, *rest.split(CONTENT_MARK)]
+    if len(pieces) != len(messages) + 2:
+        raise ValueError(
+            f"Expected a chat template that shows each of {len(messages)} messages once, got {text!r}; set "
+            "`tokenizer.chat_template`, or None for a plain format."
+        )
+    return pieces
+
+
+def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts from outside: the names of control tokens in them stay text and control nothing."""
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> list[int]:
+    """Token ids of all that stands between the memory and the answer. A prompt is a text or a conversation."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    _, *pieces = chat_pieces(tokenizer, messages)
+    control = tokenizer(pieces, add_special_tokens=False)["input_ids"]
+    ids = list(control[0])
+    for text, piece in zip(encode_plain(tokenizer, [m["content"] for m in messages]), control[1:], strict=True):
+        ids += text + piece
+    return ids
+
+
+def encode_response(tokenizer: PreTrainedTokenizerBase, response: str, end_token_ids: list[int]) -> list[int]:
+    """Token ids of an answer and of what ends it: the chat template's token, if generation stops there."""
+    turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+    behind = tokenizer(chat_pieces(tokenizer, turns, answer=True)[-1], add_special_tokens=False)["input_ids"]
+    end = behind[0] if behind and behind[0] in end_token_ids else end_token_ids[0]
+    return [*encode_plain(tokenizer, [response])[0], end]
