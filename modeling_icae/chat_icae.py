@@ -46,6 +46,12 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
+def encode_contexts(tokenizer: PreTrainedTokenizerBase, context: str | list[str]) -> list[list[int]]:
+    """Token ids of the contexts of one row; all but the first have a blank line in front."""
+    first, *others = [context] if isinstance(context, str) else context
+    return encode_plain(tokenizer, [first, *(f"\n\n{text}" for text in others)])
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> list[int]:
     """Token ids of all that stands between the memory and the answer. A prompt is a text or a conversation."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

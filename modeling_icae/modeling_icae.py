@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput, logging
 
-from .chat_icae import chat_pieces, encode_plain, encode_prompt, encode_response
+from .chat_icae import chat_pieces, encode_contexts, encode_prompt, encode_response
 from .configuration_icae import TASKS
 from .memory_icae import ICAEMemory
 from .pretrained_icae import ICAEPreTrainedModel, check_dtype
@@ -139,7 +139,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def compress(
         self,
-        context: str | list[str] | list[int] | list[list[int]] | torch.Tensor,
+        context: str | list[Any] | torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         *,
         span_length: int | None = None,
@@ -151,8 +151,10 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
 
         Args:
             context (`str`, `list[str]`, `list[int]`, `list[list[int]]` or `torch.Tensor`):
-                Texts or token ids (a tensor of shape `(batch_size, length)`), of any lengths. Names of
-                control tokens in a text (`<|im_end|>`) stay text.
+                Texts or token ids (a tensor of shape `(batch_size, length)`), of any lengths. Names of control tokens
+                in a text (`<|im_end|>`) stay text. A list in place of a text (`list[list[str]]`) or of its ids is
+                several contexts in one row: each starts a span of its own, and all texts but the first get a blank
+                line in front.
             attention_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*):
                 1 where a token is, for a padded tensor of ids.
             span_length (`int`, *optional*):
@@ -168,14 +170,14 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         Raises:
             `ValueError`: if a context is empty, or too long for the base's positions.
         """
-        ids, mask = self._context_ids(context, attention_mask)
-        return self._compress(ids, mask, span_length, max_spans_per_batch, progress=progress)
+        ids, parts = self._context_ids(context, attention_mask)
+        return self._compress(ids, parts, span_length, max_spans_per_batch, progress=progress)
 
     @torch.no_grad()
     def extend(
         self,
         memory: ICAEMemory,
-        context: str | list[str] | list[int] | list[list[int]] | torch.Tensor,
+        context: str | list[Any] | torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> ICAEMemory:
@@ -196,16 +198,17 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             [`ICAEMemory`] with the spans of both.
         """
         self._check_memory(memory)
-        ids, mask = self._context_ids(context, attention_mask)
+        ids, parts = self._context_ids(context, attention_mask)
         if len(ids) != len(memory):
             raise ValueError(f"Expected one text per row of the memory ({len(memory)}), got {len(ids)}.")
         is_cache = memory.memory_type == "key_values"  # else `concat` moves the new slots behind the others
         offsets = (memory.end - 1).tolist() if is_cache else None
-        return ICAEMemory.concat([memory, self._compress(ids, mask, **kwargs, offsets=offsets)])
+        return ICAEMemory.concat([memory, self._compress(ids, parts, **kwargs, offsets=offsets)])
 
     def _compress(
-        self, ids, mask, span_length=None, max_spans_per_batch: int = 32, progress: bool = False, offsets=None
+        self, ids, parts, span_length=None, max_spans_per_batch: int = 32, progress: bool = False, offsets=None
     ) -> ICAEMemory:
+        """`ids` of shape `(B, S)`, padded on the right; `parts`, the lengths of the contexts of each row."""
         span_length = self.config.span_length if span_length is None else span_length
         if not 1 <= span_length <= self.config.span_length:
             raise ValueError(
@@ -214,10 +217,13 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             )
         if max_spans_per_batch < 1:
             raise ValueError(f"Expected `max_spans_per_batch` of at least 1, got {max_spans_per_batch}.")
-        lengths = mask.sum(dim=1).tolist()
-        if 0 in lengths:
-            raise ValueError(f"Expected contexts of at least one token, got an empty one in row {lengths.index(0)}.")
-        rows = [row[:length].split(span_length) for row, length in zip(ids, lengths, strict=True)]  # ids lie left
+        for index, lengths in enumerate(parts):
+            if min(lengths, default=0) == 0:
+                raise ValueError(f"Expected contexts of at least one token, got an empty one in row {index}.")
+        rows = [
+            [span for context in row[: sum(lengths)].split(lengths) for span in context.split(span_length)]
+            for row, lengths in zip(ids, parts, strict=True)
+        ]
         spans = [[(self.config.slots_for(len(span)), len(span)) for span in row] for row in rows]
 
         # Each span is shifted by what stands before it in its row, so that the slots of a row can be read together.
@@ -361,6 +367,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         self,
         context_ids: torch.Tensor | None = None,
         context_mask: torch.Tensor | None = None,
+        context_lengths: torch.Tensor | None = None,
         memory: ICAEMemory | None = None,
         continuation_ids: torch.Tensor | None = None,
         continuation_mask: torch.Tensor | None = None,
@@ -371,6 +378,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         autoencoding_rows: torch.Tensor | None = None,
         autoencoding_weight: float | None = None,
         continuation_weight: float | None = None,
+        instruction_weight: float = 1.0,
         distillation_weight: float = 0.0,
         span_length: int | None = None,
         **kwargs,
@@ -384,6 +392,8 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                 Tokens to compress, and the target of autoencoding.
             context_mask (`torch.Tensor` of shape `(batch_size, context_length)`, *optional*):
                 1 where a token is. Padding may lie on either side.
+            context_lengths (`torch.LongTensor` of shape `(batch_size, num_contexts)`, *optional*):
+                Tokens of each context of a row, 0 where a row has fewer. Default: one context per row.
             memory ([`ICAEMemory`], *optional*):
                 Read this memory instead of compressing `context_ids`; for example another text's, as a control.
             continuation_ids, continuation_mask (of shape `(batch_size, continuation_length)`, *optional*):
@@ -399,6 +409,8 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                 other target, 0 beside a response.
             continuation_weight (`float`, *optional*):
                 Weight of continuation. Default: 1 - λ, or 1 beside a response.
+            instruction_weight (`float`, *optional*, defaults to 1.0):
+                Weight of the response.
             distillation_weight (`float`, *optional*, defaults to 0.0):
                 Share of the instruction loss that comes from a teacher, the frozen base with the whole context: the
                 Kullback-Leibler divergence of its next-token distribution from the one behind the slots. The rest is
@@ -419,7 +431,11 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                     "Expected `context_ids` or `memory`, got neither. An ICAE is no plain language model: for the "
                     "frozen base call `model.language_model`."
                 )
-            memory = self._compress(context_ids, context_mask, span_length)
+            if context_lengths is None:
+                parts = context_mask.sum(dim=1, keepdim=True).tolist()  # type: ignore[union-attr]
+            else:
+                parts = [[length for length in row if length] for row in context_lengths.tolist()]
+            memory = self._compress(context_ids, parts, span_length)
         else:
             self._check_memory(memory)
         if autoencoding_weight is None:
@@ -438,7 +454,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             weights["continuation"] = continuation_weight
         if response_ids is not None:
             texts["instruction"] = self._instruction_text(prompt_ids, prompt_mask, response_ids, response_mask)
-            weights["instruction"] = 1.0
+            weights["instruction"] = instruction_weight
         if not texts:
             raise ValueError("Expected at least one task, got `autoencoding_weight=0` and no other target.")
 
@@ -480,7 +496,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         """[AE] c1 … cS -> c1 … cS end"""
         lengths = mask.sum(dim=1, keepdim=True)
         places = torch.arange(ids.shape[1] + 1, device=ids.device)
-        labels = F.pad(ids, (0, 1)).masked_fill(places == lengths, self._end_token_ids[0])
+        labels = F.pad(ids, (0, 1)).masked_fill(places == lengths, self.end_token_ids[0])
         text = self._task_text("autoencoding", ids, labels, places <= lengths)
         if rows is not None:
             text.label_mask = text.mask & rows[:, None]
@@ -571,7 +587,8 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         return torch.zeros_like(end) if overlay else end
 
     @property
-    def _end_token_ids(self) -> list[int]:
+    def end_token_ids(self) -> list[int]:
+        """Tokens that end a text for this base, its own end token first."""
         end = self.config.text_config.eos_token_id
         return end if isinstance(end, list) else [end]
 
@@ -580,8 +597,8 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def generate(
         self,
-        context: str | list[str] | list[int] | list[list[int]] | torch.Tensor | None = None,
-        prompt: str | list[str] | None = None,
+        context: str | list[Any] | torch.Tensor | None = None,
+        prompt: str | list[Any] | None = None,
         *,
         memory: ICAEMemory | None = None,
         task: str = "instruction",
@@ -594,9 +611,10 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         Args:
             context (`str`, `list[str]`, token ids, *optional*):
                 What to read, see [`~ICAEForConditionalGeneration.compress`].
-            prompt (`str` or `list[str]`, *optional*):
-                One prompt per context, one prompt for all contexts, or many prompts for one context: the context is
-                then compressed and its slots are opened only once.
+            prompt (`str`, conversation, token ids, or a list of them, *optional*):
+                What to ask, see [`~ICAEForConditionalGeneration.encode_prompts`]. One prompt per context, one prompt
+                for all contexts, or many prompts for one context: the context is then compressed and its slots are
+                opened only once.
             memory ([`ICAEMemory`], *optional*):
                 A compressed context in place of `context`.
             task (`str`, *optional*, defaults to `"instruction"`):
@@ -703,7 +721,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             for row in self.generate(memory=memory, prompt=prompt, **options)
         ]
         pad = generation_config.pad_token_id
-        return pad_sequence(answers, batch_first=True, padding_value=self._end_token_ids[0] if pad is None else pad)
+        return pad_sequence(answers, batch_first=True, padding_value=self.end_token_ids[0] if pad is None else pad)
 
     def reconstruct(self, memory: ICAEMemory | str | list[str] | torch.Tensor, **kwargs) -> list[str]:
         """
@@ -724,16 +742,17 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
 
     # ------------------------------------------------------------------------------------------------- text and checks
 
-    def encode_prompts(self, prompts: list[str] | list[list[dict[str, Any]]]) -> list[list[int]]:
+    def encode_prompts(self, prompts: list[Any]) -> list[list[int]]:
         """Token ids of all that stands behind the memory up to the answer, one list per prompt.
 
-        A prompt is a text or a conversation, a list of messages that starts and ends with one of the user's.
+        A prompt is a text, or a conversation: a list of messages that starts and ends with one of the user's. Token
+        ids that this method made are handed through.
         """
-        return [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        return [prompt if _is_list_of(prompt, int) else encode_prompt(self.tokenizer, prompt) for prompt in prompts]
 
     def encode_responses(self, responses: list[str]) -> list[list[int]]:
         """Token ids of answers with the token that ends them, one list per answer."""
-        return [encode_response(self.tokenizer, response, self._end_token_ids) for response in responses]
+        return [encode_response(self.tokenizer, response, self.end_token_ids) for response in responses]
 
     def _prefix(self, task: str) -> torch.Tensor:
         """Token ids in front of the memory, of shape `(P,)`: the start token, or the chat template so far."""
@@ -745,8 +764,8 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             ids = [self.config.start_token_id, *ids]
         return torch.tensor(ids, device=self.memory_embeddings.device)
 
-    def _context_ids(self, context, attention_mask=None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and mask of contexts, both of shape `(B, S)`, padding on the right."""
+    def _context_ids(self, context, attention_mask=None) -> tuple[torch.Tensor, list[list[int]]]:
+        """Token ids of contexts, `(B, S)` with padding on the right, and the lengths of each row's contexts."""
         device = self.memory_embeddings.device
         if isinstance(context, torch.Tensor):
             if context.dim() != 2 or context.dtype not in (torch.int64, torch.int32):
@@ -757,6 +776,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             ids, mask = _left_justify(
                 context.to(device), None if attention_mask is None else attention_mask.to(device)
             )
+            parts = mask.sum(dim=1, keepdim=True).tolist()
         else:
             if isinstance(context, str):
                 context = [context]
@@ -767,25 +787,26 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                 )
             if isinstance(context[0], int):
                 context = [context]
-            if all(isinstance(text, str) for text in context):
-                context = encode_plain(self.tokenizer, list(context))
+            tokens, parts = [], []
             for row in context:
-                if not isinstance(row, list | tuple) or not all(type(token) is int for token in row):
-                    raise ValueError(
-                        "Expected a context as str or as a list of token ids, all of one kind, got "
-                        f"{type(row).__name__} {str(row)[:40]!r}."
-                    )
-            rows = [torch.tensor(row, dtype=torch.long, device=device) for row in context]
-            ids = pad_sequence(rows, batch_first=True)
-            lengths = torch.tensor([len(row) for row in rows], device=device)
-            mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+                several = isinstance(row, list | tuple) and bool(row) and isinstance(row[0], list | tuple)
+                contexts = encode_contexts(self.tokenizer, row) if _is_text(row) else row if several else [row]
+                for ids in contexts:
+                    if not isinstance(ids, list | tuple) or not all(type(token) is int for token in ids):
+                        raise ValueError(
+                            "Expected a context as str or as a list of token ids, all of one kind, got "
+                            f"{type(ids).__name__} {str(ids)[:40]!r}."
+                        )
+                tokens.append(torch.tensor([token for ids in contexts for token in ids], dtype=torch.long))
+                parts.append([len(ids) for ids in contexts])
+            ids = pad_sequence(tokens, batch_first=True).to(device)
         vocabulary = self.language_model.get_input_embeddings().num_embeddings
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
             raise ValueError(
                 f"Expected token ids from 0 to {vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}; tokenize "
                 "with the tokenizer of the base."
             )
-        return ids, mask
+        return ids, parts
 
     def _check_generation(self, config: GenerationConfig, kwargs: dict[str, Any], task: str) -> None:
         if config.use_cache is False or config.prefill_chunk_size is not None:
@@ -825,13 +846,21 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             )
 
 
-def _as_prompts(prompt: Any) -> list[Any]:
-    def is_conversation(prompt) -> bool:
-        return isinstance(prompt, list) and bool(prompt) and all(isinstance(message, dict) for message in prompt)
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, kind) for item in value)
 
-    prompts = [prompt] if isinstance(prompt, str) or is_conversation(prompt) else prompt
-    kinds = isinstance(prompts, list | tuple) and [isinstance(one, str) or is_conversation(one) for one in prompts]
-    if not kinds or not all(kinds):
+
+def _is_text(context: Any) -> bool:
+    """Whether a row of contexts is a text or a list of several."""
+    return isinstance(context, str) or _is_list_of(context, str)
+
+
+def _as_prompts(prompt: Any) -> list[Any]:
+    def is_one(prompt) -> bool:
+        return isinstance(prompt, str) or _is_list_of(prompt, dict) or _is_list_of(prompt, int)
+
+    prompts = [prompt] if is_one(prompt) else prompt
+    if not _is_list_of(prompts, object) or not all(is_one(one) for one in prompts):
         raise ValueError(
             "Expected a prompt as str, a list of at least one str, or conversations (lists of messages), got "
             f"{prompt!r}."

@@ -243,10 +243,10 @@ def test_data_must_be_named(command_line, capsys):
 def test_the_presets_are_understood(preset, tmp_path):
     from trl import TrlParser
 
-    from icae.trainers.pretrain import ICAEArguments, PretrainArguments
+    from icae.trainers.scripts import ICAEArguments, ScriptArguments
 
     file = Path(__file__).parents[1] / "trainers" / "presets" / f"{preset}.yaml"
-    parser = TrlParser((PretrainArguments, ICAEArguments, ICAEPretrainingConfig))
+    parser = TrlParser((ScriptArguments, ICAEArguments, ICAEPretrainingConfig))
     _, icae, config = parser.parse_args_and_config(["--config", str(file), "--output_dir", str(tmp_path)])
     assert icae.compression_ratio in (4, None) and config.max_steps > 0
 

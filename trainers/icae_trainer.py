@@ -94,7 +94,7 @@ class ICAETrainer(SFTTrainer):
         """The samples that the collator takes."""
         raise NotImplementedError
 
-    def _weights(self) -> dict[str, float]:
+    def _weights(self, inputs: dict[str, Any]) -> dict[str, float]:
         """How the losses are weighed: arguments of the model's forward method."""
         raise NotImplementedError
 
@@ -109,7 +109,7 @@ class ICAETrainer(SFTTrainer):
     # ------------------------------------------------------------------------------------------------------- training
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs: ICAEOutput = model(**inputs, **self._weights())
+        outputs: ICAEOutput = model(**inputs, **self._weights(inputs))
         if self.model.training:
             metrics = self._metrics["train"]
             for task, loss in outputs.task_losses.items():
@@ -137,7 +137,7 @@ class ICAETrainer(SFTTrainer):
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
-        outputs: ICAEOutput = model(**inputs, **self._weights())
+        outputs: ICAEOutput = model(**inputs, **self._weights(inputs))
         metrics = self._metrics["eval"]
         for task, loss in outputs.task_losses.items():
             metrics[f"{SHORT_NAMES[task]}_loss"].append(loss.item())
@@ -149,7 +149,7 @@ class ICAETrainer(SFTTrainer):
         rows = len(outputs.memory)
         if rows > 1:
             other = outputs.memory[[*range(1, rows), 0]]
-            outputs_other = model(**inputs, memory=other, **self._weights())
+            outputs_other = model(**inputs, memory=other, **self._weights(inputs))
             for task, loss in outputs_other.task_losses.items():
                 metrics[f"{SHORT_NAMES[task]}_loss_other_text"].append(loss.item())
         return outputs.loss, None, None

@@ -116,11 +116,16 @@ class DataCollatorForICAEPretraining:
     """
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        batch = {}
-        for name in ("context", "continuation"):
-            rows = [torch.as_tensor(sample[f"{name}_ids"], dtype=torch.long) for sample in samples]
-            lengths = torch.tensor([len(row) for row in rows])
-            if lengths.max() > 0:
-                batch[f"{name}_ids"] = pad_sequence(rows, batch_first=True)
-                batch[f"{name}_mask"] = torch.arange(int(lengths.max())) < lengths[:, None]
-        return batch
+        return pad_samples(samples, ("context", "continuation"))
+
+
+def pad_samples(samples: list[dict], names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Ids and masks of what samples hold under `{name}_ids`, padded on the right, without what no sample has."""
+    batch = {}
+    for name in names:
+        rows = [torch.as_tensor(sample[f"{name}_ids"], dtype=torch.long) for sample in samples]
+        lengths = torch.tensor([len(row) for row in rows])
+        if lengths.max() > 0:
+            batch[f"{name}_ids"] = pad_sequence(rows, batch_first=True)
+            batch[f"{name}_mask"] = torch.arange(int(lengths.max())) < lengths[:, None]
+    return batch

@@ -50,7 +50,7 @@ class ICAEPretrainingTrainer(ICAETrainer):
             text_column=args.text_column,
         )
 
-    def _weights(self) -> dict[str, float]:
+    def _weights(self, inputs) -> dict[str, float]:
         return {"autoencoding_weight": self.args.autoencoding_weight}
 
     def _position_metrics(self, outputs: ICAEOutput) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The command `icae`: compress, reconstruct, demo, pretrain, bench."""
+"""The command `icae`: compress, reconstruct, demo, pretrain, sft, bench."""
 
 import argparse
 import sys
@@ -10,11 +10,15 @@ from safetensors import safe_open
 def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand. Returns 0, or 2 after an error that the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
-    # These two have parsers of their own.
+    # These have parsers of their own.
     if argv[:1] == ["pretrain"]:
         from icae.trainers.pretrain import main as pretrain
 
         return _run(lambda: pretrain(argv[1:]))
+    if argv[:1] == ["sft"]:
+        from icae.trainers.sft import main as sft
+
+        return _run(lambda: sft(argv[1:]))
     if argv[:2] == ["bench", "train"]:
         from icae.evaluation.bench_train import main as bench_train
 
@@ -59,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
     # Listed here for --help only; `main` hands them on.
     commands.add_parser("pretrain", help="pretrain from a YAML file: icae pretrain --config FILE")
+    commands.add_parser("sft", help="tune on triples from a YAML file: icae sft --config FILE")
     commands.add_parser("bench", help="what training costs: icae bench train")
     return parser
 

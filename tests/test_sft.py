@@ -1,0 +1,333 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+
+from icae import ICAEForConditionalGeneration
+from icae.evaluation.answers import exact_match, token_f1
+from icae.trainers import DataCollatorForICAESFT, ICAESFTConfig, ICAESFTTrainer, prepare_sft_dataset
+from tiny import make_base
+
+
+CONTEXTS = [
+    "Ines Okafor lives in Bergen and walks to the harbour.",
+    "The train to the north leaves at ten minutes to nine.",
+    "A star that runs out of hydrogen becomes a red giant.",
+    "The garden behind the wall had been empty for years.",
+]
+PROMPTS = ["Who lives in Bergen?", "When does it leave?", "What does it become?", "Where is the garden?"]
+RESPONSES = ["Ines", "ten to nine", "a red giant", "behind the wall"]
+TRIPLES = Dataset.from_dict({"context": CONTEXTS, "prompt": PROMPTS, "response": RESPONSES})
+
+
+def samples(dataset):
+    return [dict(row) for row in dataset]
+
+
+@pytest.fixture
+def make_trainer(make_icae, tmp_path):
+    def make(folder="run", model=None, data=TRIPLES, **options):
+        defaults = {
+            "output_dir": str(tmp_path / folder),
+            "per_device_train_batch_size": 2,
+            "max_steps": 6,
+            "learning_rate": 1e-2,
+            "warmup_steps": 0,
+            "logging_steps": 1,
+            "save_steps": 3,
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "continuation_length": 4,
+            "pretraining_share": 0.4,
+            "eval_generations": 3,
+            "max_new_tokens": 4,
+            "seed": 3,
+        }
+        args = ICAESFTConfig(**(defaults | options))
+        return ICAESFTTrainer(model or make_icae(lora_dropout=0.1), args, data, data)
+
+    return make
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+def test_a_sample_holds_the_context_as_text_the_prompt_in_its_template_and_the_response_with_its_end(make_icae):
+    model = make_icae()
+    sample = prepare_sft_dataset(TRIPLES, model)[0]
+    decode = model.tokenizer.decode
+    assert decode(sample["context_ids"]) == CONTEXTS[0]
+    assert decode(sample["prompt_ids"]) == f"\n\n{PROMPTS[0]}<|im_end|>\n<|im_start|>assistant\n"
+    assert decode(sample["response_ids"]) == "Ines</s>"
+    assert sample["length"] == len(CONTEXTS[0]) and sample["continuation_ids"] == []
+
+
+def test_the_columns_of_pwc_and_of_conversations_give_the_same_samples(make_icae):
+    model = make_icae()
+    expected = samples(prepare_sft_dataset(TRIPLES, model))
+    pwc = TRIPLES.rename_columns({"context": "input", "response": "answer"})
+    assert samples(prepare_sft_dataset(pwc, model)) == expected
+    messages = [
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        for prompt, response in zip(PROMPTS, RESPONSES, strict=True)
+    ]
+    chat = Dataset.from_dict({"context": CONTEXTS, "messages": messages})
+    assert samples(prepare_sft_dataset(chat, model)) == expected
+    assert samples(prepare_sft_dataset(TRIPLES.to_iterable_dataset(), model)) == expected
+
+
+def test_control_tokens_in_any_text_stay_text(make_icae):
+    model = make_icae()
+    hostile = "a<|im_end|>b"
+    data = Dataset.from_dict({"context": [hostile], "prompt": [hostile], "response": [hostile]})
+    sample = prepare_sft_dataset(data, model)[0]
+    control = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert control not in sample["context_ids"] + sample["response_ids"]
+    assert sample["prompt_ids"].count(control) == 1  # the template's own
+    assert model.tokenizer.decode(sample["context_ids"]) == hostile
+
+
+def test_several_contexts_of_a_row_start_spans_of_their_own(make_icae):
+    model = make_icae()
+    data = Dataset.from_dict({"context": [CONTEXTS[:2]], "prompt": PROMPTS[:1], "response": RESPONSES[:1]})
+    sample = prepare_sft_dataset(data, model)[0]
+    assert sample["context_lengths"] == [len(CONTEXTS[0]), len(CONTEXTS[1]) + 2]
+    batch = DataCollatorForICAESFT()([sample, prepare_sft_dataset(TRIPLES, model)[2]])
+    with torch.no_grad():
+        memory = model(**batch, autoencoding_weight=0).memory
+    expected = model.compress([CONTEXTS[:2], CONTEXTS[2]])
+    assert torch.equal(memory.slots, expected.slots) and memory.spans == expected.spans
+    assert [tokens for _, tokens in memory.spans[0]] == [16, 16, 16, 5, 16, 16, 16, 7]
+
+
+def test_the_share_of_pretraining_samples_is_as_asked_and_does_not_depend_on_batches(make_icae):
+    model = make_icae()
+    data = Dataset.from_dict({name: list(TRIPLES[name]) * 100 for name in TRIPLES.column_names})
+    for share in (0.25, 0.75):
+        mixed = samples(prepare_sft_dataset(data, model, pretraining_share=share, seed=1))
+        extra = [sample for sample in mixed if not sample["response_ids"]]
+        assert abs(len(extra) / len(mixed) - share) < 0.05
+        assert len(mixed) - len(extra) == 400  # every row is kept
+        assert all(sample["context_ids"] and not sample["prompt_ids"] for sample in extra)
+        streamed = prepare_sft_dataset(data.to_iterable_dataset(3), model, pretraining_share=share, seed=1)
+        assert samples(streamed) == mixed
+
+
+def test_rows_that_are_too_long_are_left_out_and_counted(make_icae, caplog, monkeypatch):
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("icae"), "propagate", True)
+    kept = prepare_sft_dataset(TRIPLES, make_icae(), max_context_length=52)
+    assert len(kept) == 1
+    assert "Left out 3 of 4 rows" in caplog.text
+    long = Dataset.from_dict({"context": ["x" * 500, "x" * 300], "prompt": ["?"] * 2, "response": ["y"] * 2})
+    assert len(prepare_sft_dataset(long, make_icae())) == 1  # the base has 512 positions
+
+
+@pytest.mark.parametrize("name", ["context", "response"])
+def test_an_empty_text_is_refused_with_its_row(make_icae, name):
+    texts = {"context": CONTEXTS, "prompt": PROMPTS, "response": RESPONSES}
+    data = Dataset.from_dict(texts | {name: [*texts[name][:2], "", "x"]})
+    with pytest.raises(Exception, match=f"Expected a {name} of at least one letter, got none in row 2"):
+        prepare_sft_dataset(data, make_icae())
+
+
+def test_missing_columns_are_named(make_icae):
+    with pytest.raises(ValueError, match=r"Expected the columns .* got \['context', 'prompt'\]"):
+        prepare_sft_dataset(TRIPLES.remove_columns("response"), make_icae())
+
+
+def test_a_conversation_without_an_answer_is_refused(make_icae):
+    data = Dataset.from_dict({"context": ["x"], "messages": [[{"role": "user", "content": "?"}]]})
+    with pytest.raises(Exception, match="Expected `messages` that end with the assistant's"):
+        prepare_sft_dataset(data, make_icae())
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+
+def test_the_loss_is_that_of_the_response_alone(make_icae):
+    model = make_icae()
+    batch = DataCollatorForICAESFT()(samples(prepare_sft_dataset(TRIPLES, model)))
+    with torch.no_grad():
+        output = model(**batch, autoencoding_weight=0)
+    assert set(output.task_losses) == {"instruction"}
+    assert int(output.token_masks["instruction"].sum()) == sum(len(text) + 1 for text in RESPONSES)
+
+
+def test_a_mixed_batch_is_the_sum_of_its_parts(make_icae):
+    """Rows that train answers and rows that train reconstruction do not touch each other."""
+    model = make_icae()
+    mixed = samples(prepare_sft_dataset(TRIPLES, model, pretraining_share=0.5, continuation_length=4))
+    answers = [sample for sample in mixed if sample["response_ids"]]
+    extra = [sample for sample in mixed if not sample["response_ids"]]
+    assert answers and extra
+    collate = DataCollatorForICAESFT()
+    weights = {"autoencoding_weight": 0.6, "continuation_weight": 0.4}
+    with torch.no_grad():
+        together = model(**collate(mixed), **weights).task_losses
+        alone = model(**collate(answers), autoencoding_weight=0).task_losses
+        others = model(**collate(extra), **weights).task_losses
+    for task, loss in (alone | others).items():
+        torch.testing.assert_close(together[task], loss, atol=1e-5, rtol=1e-5)
+
+
+def test_a_distilled_model_learns_from_the_base_with_the_whole_context(make_icae):
+    """A response of one token has a divergence that can be written down from two plain passes of the base."""
+    model = make_icae()
+    data = Dataset.from_dict({"context": CONTEXTS[:1], "prompt": PROMPTS[:1], "response": ["I"]})
+    sample = prepare_sft_dataset(data, model)[0]
+    batch = DataCollatorForICAESFT()([sample])
+    with torch.no_grad():
+        plain = model(**batch, autoencoding_weight=0).loss
+        distilled = model(**batch, autoencoding_weight=0, distillation_weight=1.0).loss
+        half = model(**batch, autoencoding_weight=0, distillation_weight=0.5).loss
+        prefix = model.tokenizer("<s><|im_start|>user\n")["input_ids"]
+        ids = [*prefix, *sample["context_ids"], *sample["prompt_ids"], sample["response_ids"][0]]
+        with model.adapter(False):
+            teacher = model.language_model(torch.tensor([ids])).logits[0, -2:].log_softmax(-1)
+        memory = model.compress(CONTEXTS[0])
+        output = model.generate(
+            memory=memory,
+            prompt=PROMPTS[0],
+            max_new_tokens=2,
+            output_logits=True,
+            return_dict_in_generate=True,
+            prefix_allowed_tokens_fn=lambda *_: [sample["response_ids"][0]],
+        )
+        student = torch.cat(output.logits).log_softmax(-1)
+    expected = (teacher.exp() * (teacher - student)).sum(-1).mean()
+    torch.testing.assert_close(distilled, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(half, (plain + distilled) / 2, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("distillation_weight", [0.0, 0.5])
+def test_tuning_moves_the_encoder_and_leaves_the_base_alone(make_trainer, make_icae, distillation_weight):
+    base = make_base()
+    frozen = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = make_icae(base=base)
+    before = {name: tensor.detach().clone() for name, tensor in model.trainable_parameters().items()}
+    make_trainer(model=model, distillation_weight=distillation_weight, pretraining_share=0.7).train()
+    still = [name for name, tensor in model.trainable_parameters().items() if torch.equal(tensor, before[name])]
+    assert still == []
+    after = {name.replace(".base_layer", ""): tensor for name, tensor in base.state_dict().items()}
+    assert all(torch.equal(after[name], tensor) for name, tensor in frozen.items())
+
+
+def test_a_resumed_run_equals_an_unbroken_one(make_trainer):
+    def losses(trainer):
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    unbroken = make_trainer("unbroken")
+    unbroken.train()
+    resumed = make_trainer("resumed")
+    resumed.train(resume_from_checkpoint=str(Path(unbroken.args.output_dir) / "checkpoint-3"))
+    assert losses(resumed) == losses(unbroken)
+    assert resumed.model.fingerprint == unbroken.model.fingerprint
+
+
+def test_evaluation_reports_the_control_and_real_answers(make_trainer):
+    trainer = make_trainer()
+    trainer.evaluate()
+    logged = trainer.state.log_history[-1]
+    names = ("response_loss", "response_accuracy", "response_loss_other_text", "f1", "exact_match")
+    assert {f"eval_{name}" for name in names} <= set(logged)
+    assert logged["eval_response_loss"] != logged["eval_response_loss_other_text"]
+
+
+def test_packing_is_refused_with_the_reason(tmp_path):
+    with pytest.raises(ValueError, match="packed rows would share one memory"):
+        ICAESFTConfig(output_dir=str(tmp_path), packing=True)
+
+
+@pytest.mark.parametrize("name", ["pretraining_share", "distillation_weight"])
+def test_a_share_outside_its_range_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"Expected `{name}` to be a share, .* got 1.5"):
+        ICAESFTConfig(output_dir=str(tmp_path), **{name: 1.5})
+
+
+@pytest.fixture
+def config_file(tmp_path, tokenizer, make_icae):
+    make_base().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    TRIPLES.to_parquet(tmp_path / "train.parquet")
+    options = {
+        "base_model": str(tmp_path / "base"),
+        "dtype": "float32",
+        "train_files": [str(tmp_path / "train.parquet")],
+        "eval_files": [str(tmp_path / "train.parquet")],
+        "span_length": 16,
+        "lora_r": 4,
+        "output_dir": str(tmp_path / "run"),
+        "per_device_train_batch_size": 2,
+        "max_steps": 4,
+        "save_steps": 1,
+        "eval_steps": 1,
+        "eval_strategy": "steps",
+        "eval_generations": 2,
+        "max_new_tokens": 3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "learning_rate": 1e-3,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.dump(options))
+    return tmp_path / "config.yaml"
+
+
+def test_icae_sft_runs_from_a_file_and_goes_on(config_file):
+    from icae.cli import main
+
+    assert main(["sft", "--config", str(config_file), "--max_steps", "2"]) == 0
+    assert main(["sft", "--config", str(config_file), "--resume", "true"]) == 0
+    run = config_file.parent / "run"
+    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4]
+    assert ICAEForConditionalGeneration.from_pretrained(run).config.span_length == 16
+
+
+def test_icae_sft_stops_when_validation_gets_no_better(config_file):
+    from icae.cli import main
+
+    options = ["--early_stopping_patience", "1", "--load_best_model_at_end", "true", "--learning_rate", "0"]
+    options += ["--metric_for_best_model", "response_loss", "--greater_is_better", "false"]
+    assert main(["sft", "--config", str(config_file), *options]) == 0
+    state = json.loads((config_file.parent / "run" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2  # nothing was learnt after the first
+
+
+@pytest.mark.slow
+def test_a_tiny_icae_learns_to_answer_from_its_slots(make_trainer, make_icae):
+    torch.manual_seed(0)
+    model = make_icae(base=make_base(hidden_size=64), lora_r=32, lora_alpha=64, span_length=64)
+    options = {"max_steps": 250, "learning_rate": 3e-3, "max_grad_norm": 1.0, "per_device_train_batch_size": 4}
+    trainer = make_trainer(model=model, pretraining_share=0, max_new_tokens=20, eval_generations=4, **options)
+    trainer.train()
+    trainer.evaluate()
+    metrics = trainer.state.log_history[-1]
+    assert metrics["eval_response_loss"] < 0.5 < 2 < metrics["eval_response_loss_other_text"]
+    assert metrics["eval_f1"] > 0.8
+
+
+# -------------------------------------------------------------------------------------------------------- measures
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "f1", "exact"),
+    [
+        ("The Cat!", "cat", 1, 1),
+        ("a red cat", "the cat", 2 / 3, 0),
+        ("cat cat", "cat", 2 / 3, 0),
+        ("dog", "cat", 0, 0),
+        ("", "the", 1, 1),
+        ("", "cat", 0, 0),
+    ],
+)
+def test_answers_are_scored_as_by_squad(answer, reference, f1, exact):
+    assert token_f1(answer, reference) == pytest.approx(f1)
+    assert exact_match(answer, reference) == exact

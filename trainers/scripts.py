@@ -1,0 +1,96 @@
+"""What `icae pretrain` and `icae sft` share: their arguments, the model, the data, the run."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import load_dataset
+
+from icae.configuration_icae import ICAEConfig
+from icae.embedded import EMBEDDED_BASE_ID, embedded_base
+from icae.modeling_icae import ICAEForConditionalGeneration
+
+from .icae_trainer import ICAETrainer, last_checkpoint
+
+
+@dataclass
+class ScriptArguments:
+    """What to train, and on what."""
+
+    base_model: str = field(default="embedded", metadata={"help": 'Hub id or folder of the base, or "embedded".'})
+    init_from: str | None = field(default=None, metadata={"help": "An ICAE checkpoint to go on from."})
+    dtype: str = field(default="bfloat16", metadata={"help": "dtype of the frozen base."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": 'Attention of the base; "grouped" is the fastest to train on a CPU.'}
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
+    train_files: list[str] | None = field(default=None, metadata={"help": "Local Parquet files, instead."})
+    eval_files: list[str] | None = field(default=None, metadata={"help": "Local Parquet files to evaluate on."})
+    train_split: str = field(default="train", metadata={"help": "Split of the data set to train on."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
+    streaming: bool = field(default=False, metadata={"help": "Stream the data set instead of downloading it."})
+    eval_samples: int = field(default=64, metadata={"help": "Held-out samples of each evaluation."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in `output_dir`."})
+
+
+@dataclass
+class ICAEArguments:
+    """Fields of [`ICAEConfig`] for a new model."""
+
+    memory_type: str = field(default="key_values", metadata={"help": "See ICAEConfig."})
+    span_length: int = field(default=128, metadata={"help": "Tokens compressed at once. Paper: 512."})
+    compression_ratio: float | None = field(default=4.0, metadata={"help": "Tokens per slot. Paper: 4."})
+    num_memory_slots: int | None = field(default=None, metadata={"help": "Slots per span, instead. Paper: 128."})
+    encoder_layout: str = field(default="uniform", metadata={"help": "Paper: sequential."})
+    decoder_layout: str = field(default="uniform", metadata={"help": "Paper: sequential."})
+    lora_r: int = field(default=32, metadata={"help": "Rank of the adapter. Paper: 128."})
+    lora_alpha: float = field(default=64, metadata={"help": "Scale of the adapter."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules of the adapter. Default: all linear ones. Paper: q_proj v_proj."}
+    )
+
+
+def load_model(script: ScriptArguments, icae: ICAEArguments) -> ICAEForConditionalGeneration:
+    """A new model, or the one to go on from."""
+    options = {"dtype": getattr(torch, script.dtype)}
+    if script.attn_implementation:
+        options["attn_implementation"] = script.attn_implementation
+    embedded = script.base_model == "embedded"
+    base = embedded_base() if embedded else script.base_model
+    if script.init_from:
+        return ICAEForConditionalGeneration.from_pretrained(
+            script.init_from, base_model=base, is_trainable=True, **options
+        )
+    fields = vars(icae) | {"lora_target_modules": icae.lora_target_modules or "all-linear"}
+    if fields["num_memory_slots"] is not None:
+        fields["compression_ratio"] = None
+    config = ICAEConfig(base_model_name_or_path=EMBEDDED_BASE_ID if embedded else None, **fields)
+    return ICAEForConditionalGeneration.from_base(base, config, **options)
+
+
+def load_data(script: ScriptArguments):
+    """The data sets to train and to evaluate on."""
+    if script.train_files:
+        train = load_dataset("parquet", data_files=script.train_files, split="train", streaming=script.streaming)
+        evaluation = script.eval_files and load_dataset("parquet", data_files=script.eval_files, split="train")
+        return train, evaluation or None
+    if script.dataset_name is None:
+        raise ValueError("Expected `dataset_name` or `train_files`, got neither; name the data to train on.")
+
+    def load(split: str):
+        return load_dataset(script.dataset_name, script.dataset_config, split=split, streaming=script.streaming)
+
+    return load(script.train_split), load(script.eval_split) if script.eval_split else None
+
+
+def run(trainer: ICAETrainer, script: ScriptArguments, icae: ICAEArguments) -> None:
+    """Trains, from the last checkpoint if the script says so, and saves the model, its state and the arguments."""
+    output_dir = trainer.args.output_dir
+    trainer.train(resume_from_checkpoint=last_checkpoint(output_dir) if script.resume else None)
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        Path(output_dir, "arguments.json").write_text(json.dumps(vars(script) | vars(icae), indent=1) + "\n")

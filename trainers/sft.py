@@ -1,0 +1,47 @@
+"""
+`icae sft --config FILE.yaml`: instruction tuning from a configuration file, with TRL's parser.
+
+Every field of [`SFTArguments`], [`ICAEArguments`] and [`ICAESFTConfig`] can stand in the file or, as `--field value`,
+behind it. `init_from` is the pretrained checkpoint; without it, an untrained model is tuned. A run that was stopped
+goes on with `--resume true`, exactly where its last checkpoint is.
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import EarlyStoppingCallback, set_seed
+from trl import TrlParser
+
+from .scripts import ICAEArguments, ScriptArguments, load_data, load_model, run
+from .sft_config import ICAESFTConfig
+from .sft_trainer import ICAESFTTrainer
+
+
+@dataclass
+class SFTArguments(ScriptArguments):
+    """What to tune, and on what."""
+
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Evaluations without a better `metric_for_best_model` before the run ends."},
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = TrlParser((SFTArguments, ICAEArguments, ICAESFTConfig))
+    script, icae, config = parser.parse_args_and_config(argv)
+    set_seed(config.seed)  # before the adapter and the slots get their first values
+    model = load_model(script, icae)
+    train_dataset, eval_dataset = load_data(script)
+    if script.streaming:
+        # Rows of one context stand together in sets of this kind.
+        train_dataset = train_dataset.shuffle(seed=config.seed, buffer_size=10_000)
+    if eval_dataset is not None:
+        eval_dataset = eval_dataset.shuffle(seed=config.seed).take(script.eval_samples)
+    callbacks = []
+    if script.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(script.early_stopping_patience))
+    run(ICAESFTTrainer(model, config, train_dataset, eval_dataset, callbacks=callbacks), script, icae)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Arguments of the instruction stage."""
+
+from dataclasses import dataclass, field
+
+from .training_config import ICAETrainingConfig
+
+
+@dataclass
+class ICAESFTConfig(ICAETrainingConfig):
+    r"""
+    Arguments of [`ICAESFTTrainer`], besides those of [`ICAETrainingConfig`].
+
+    Args:
+        pretraining_share (`float`, *optional*, defaults to `0.1`):
+            Share of samples that train reconstruction and continuation of the same contexts, so that neither is
+            forgotten.
+        distillation_weight (`float`, *optional*, defaults to `0.0`):
+            Share of the loss that comes from the frozen base with the whole context, see
+            [`~ICAEForConditionalGeneration.forward`]. Takes no memory for another model, but a forward pass.
+        max_context_length (`int`, *optional*):
+            Rows with more context tokens are left out, and counted. Default: what the base has positions for.
+        eval_generations (`int`, *optional*, defaults to `16`):
+            Held-out prompts that are really answered at each evaluation, for token F1 and exact match.
+        max_new_tokens (`int`, *optional*, defaults to `48`):
+            Length of these answers.
+    """
+
+    pretraining_share: float = field(
+        default=0.1, metadata={"help": "Share of samples that train reconstruction and continuation."}
+    )
+    distillation_weight: float = field(
+        default=0.0, metadata={"help": "Share of the loss that the frozen base with the whole context teaches."}
+    )
+    max_context_length: int | None = field(
+        default=None, metadata={"help": "Rows with more context tokens are left out, and counted."}
+    )
+    eval_generations: int = field(
+        default=16, metadata={"help": "Held-out prompts that are answered at each evaluation."}
+    )
+    max_new_tokens: int = field(default=48, metadata={"help": "Length of these answers."})
+
+    # Parameters whose default values are overridden from SFTConfig
+    learning_rate: float = field(
+        default=5e-5, metadata={"help": "The initial learning rate for AdamW. Paper, table 8: 5e-5."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=True, metadata={"help": "A batch without mixed-in samples gives the task embeddings no gradient."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("pretraining_share", "distillation_weight"):
+            share = getattr(self, name)
+            if not 0 <= share <= 1 or (share == 1 and name == "pretraining_share"):
+                raise ValueError(
+                    f"Expected `{name}` to be a share, at least 0 and {'at most' if name[0] == 'd' else 'below'} 1, "
+                    f"got {share}."
+                )

@@ -1,0 +1,167 @@
+"""
+From (context, prompt, response) triples to samples of the instruction stage.
+
+Which samples train reconstruction and continuation instead depends on the seed and the row's place in the data set
+only, not on workers or processes.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
+from transformers.utils import logging
+
+from icae.modeling_icae import ICAEForConditionalGeneration
+from icae.modeling_icae.chat_icae import encode_contexts, encode_prompt, encode_response
+
+from .pretraining_data import AnyDataset, cut_document, pad_samples
+
+
+logger = logging.get_logger(__name__)
+
+PWC_NAMES = {"input": "context", "answer": "response"}  # `sggetao/PwC`
+MIXED_SPANS = 2  # of the samples that train reconstruction
+PREFIX_ROOM = 64  # tokens of the chat template in front of the context
+
+
+def prepare_sft_dataset(
+    dataset: AnyDataset,
+    model: ICAEForConditionalGeneration,
+    *,
+    pretraining_share: float = 0.0,
+    continuation_length: int = 32,
+    max_context_length: int | None = None,
+    seed: int = 0,
+) -> AnyDataset:
+    """
+    Turns a data set of triples, in memory or streamed, into one with the columns `context_ids`, `context_lengths`,
+    `continuation_ids`, `prompt_ids`, `response_ids` and `length` (tokens of the context).
+
+    Columns of triples are `context`, `prompt`, `response` or PwC's `input`, `prompt`, `answer`; or `context` and
+    `messages`, a conversation about the context whose last message, the assistant's, is the response. A context may be
+    a list of texts, each of which is compressed apart.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): the triples.
+        model ([`ICAEForConditionalGeneration`]): gives tokenizer, chat template and span length.
+        pretraining_share (`float`, *optional*, defaults to 0.0):
+            Share of samples that train reconstruction and continuation. They come beside the rows they are cut from.
+        continuation_length (`int`, *optional*, defaults to 32): tokens of the continuation of such a sample.
+        max_context_length (`int`, *optional*): rows with more context tokens are left out. A warning counts them.
+        seed (`int`, *optional*, defaults to 0): of the choice of these samples.
+
+    Raises:
+        `ValueError`: if columns are missing, or a text is empty.
+    """
+    columns = dataset.column_names or list(next(iter(dataset)))  # a streamed data set may not know its columns
+    if set(columns) >= {"input", "prompt", "answer"}:
+        dataset = dataset.rename_columns(PWC_NAMES)
+        columns = [PWC_NAMES.get(name, name) for name in columns]
+    if not set(columns) >= {"context", "prompt", "response"} and not set(columns) >= {"context", "messages"}:
+        raise ValueError(
+            "Expected the columns `context`, `prompt`, `response`, or `input`, `prompt`, `answer`, or `context`, "
+            f"`messages`, got {columns}; rename them."
+        )
+
+    # Not the model itself in what follows: `datasets` pickles what a function refers to.
+    tokenizer, end_token_ids, span_length = model.tokenizer, model.end_token_ids, model.config.span_length
+    positions = getattr(model.config.text_config, "max_position_embeddings", None)
+
+    def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
+        prompt, response = _prompt_and_response(row)
+        contexts = encode_contexts(tokenizer, row["context"] or "")
+        if not all(contexts) or not response:
+            name = "response" if all(contexts) else "context"
+            raise ValueError(f"Expected a {name} of at least one letter, got none in row {index}; filter the rows.")
+        return {
+            "context_ids": [token for ids in contexts for token in ids],
+            "context_lengths": [len(ids) for ids in contexts],
+            "continuation_ids": [],
+            "prompt_ids": encode_prompt(tokenizer, prompt),
+            "response_ids": encode_response(tokenizer, response, end_token_ids),
+        }
+
+    def fits(context: list[int], prompt: list[int], response: list[int]) -> bool:
+        total = len(context) + len(prompt) + len(response) + PREFIX_ROOM
+        return len(context) <= (max_context_length or total) and total <= (positions or total)
+
+    def mix(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        rows = []
+        for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
+            row = dict(zip(batch, values, strict=True))
+            rows.append(row | {"length": len(row["context_ids"])})
+            rng = np.random.default_rng([seed, index])
+            expected = pretraining_share / (1 - pretraining_share)
+            for _ in range(int(expected + rng.random())):
+                cuts = cut_document(
+                    row["context_ids"],
+                    rng,
+                    span_length=span_length,
+                    max_spans=MIXED_SPANS,
+                    short_share=0.1,
+                    continuation_length=continuation_length,
+                )
+                context, continuation = cuts[rng.integers(len(cuts))]
+                rows.append(
+                    {
+                        "context_ids": context,
+                        "context_lengths": [len(context)],
+                        "continuation_ids": continuation,
+                        "prompt_ids": [],
+                        "response_ids": [],
+                        "length": len(context),
+                    }
+                )
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+    encoded = dataset.map(encode, with_indices=True, remove_columns=columns)
+    fitting = encoded.filter(fits, input_columns=["context_ids", "prompt_ids", "response_ids"])
+    if isinstance(encoded, Dataset) and len(fitting) < len(encoded):
+        logger.warning(
+            f"Left out {len(encoded) - len(fitting)} of {len(encoded)} rows, which are longer than "
+            f"`max_context_length` ({max_context_length}) or than what the base has positions for ({positions})."
+        )
+    return fitting.map(mix, batched=True, with_indices=True, batch_size=64)
+
+
+def _prompt_and_response(row: dict[str, Any]) -> tuple[str | list[dict[str, Any]], str]:
+    if "messages" not in row:
+        return row["prompt"], row["response"]
+    *prompt, last = row["messages"]
+    if not prompt or last["role"] != "assistant":
+        raise ValueError(
+            "Expected `messages` that end with the assistant's, got the roles "
+            f"{[message['role'] for message in row['messages']]}."
+        )
+    return prompt, last["content"]
+
+
+@dataclass
+class DataCollatorForICAESFT:
+    """
+    Pads the ids of samples from [`prepare_sft_dataset`] on the right.
+
+    Example:
+
+    ```python
+    >>> collator = DataCollatorForICAESFT()
+    >>> sample = dict(context_ids=[7, 8], context_lengths=[2], continuation_ids=[])
+    >>> collator([sample | dict(prompt_ids=[4], response_ids=[5, 2])])
+    {'context_ids': tensor([[7, 8]]), 'context_mask': tensor([[True, True]]),
+     'prompt_ids': tensor([[4]]), 'prompt_mask': tensor([[True]]),
+     'response_ids': tensor([[5, 2]]), 'response_mask': tensor([[True, True]]),
+     'context_lengths': tensor([[2]]), 'autoencoding_rows': tensor([False])}
+    ```
+
+    What no sample of a batch has is left out.
+    """
+
+    def __call__(self, samples: list[dict]) -> dict[str, Any]:
+        batch = pad_samples(samples, ("context", "continuation", "prompt", "response"))
+        lengths = [torch.tensor(sample["context_lengths"]) for sample in samples]
+        batch["context_lengths"] = pad_sequence(lengths, batch_first=True)
+        batch["autoencoding_rows"] = torch.tensor([not sample["response_ids"] for sample in samples])
+        return batch

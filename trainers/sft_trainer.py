@@ -1,0 +1,83 @@
+"""The instruction stage: answers from compressed contexts (paper, section 2.3)."""
+
+from typing import Any
+
+import torch
+
+from icae.evaluation.answers import exact_match, token_f1
+from icae.modeling_icae import ICAEForConditionalGeneration
+
+from .icae_trainer import ICAETrainer
+from .sft_config import ICAESFTConfig
+from .sft_data import DataCollatorForICAESFT, prepare_sft_dataset
+
+
+class ICAESFTTrainer(ICAETrainer):
+    """
+    Tunes an ICAE on (context, prompt, response) triples: the context is compressed, and the frozen base answers the
+    prompt from the slots. The loss is on the response only.
+
+    Besides what [`ICAETrainer`] logs, evaluation logs token F1 and exact match of real answers.
+
+    Args:
+        model ([`ICAEForConditionalGeneration`]):
+            The model; a pretrained one comes from `from_pretrained(..., is_trainable=True)`.
+        args ([`ICAESFTConfig`]):
+            The arguments.
+        train_dataset, eval_dataset (`Dataset` or `IterableDataset`):
+            Triples, see [`prepare_sft_dataset`] for the columns, or samples from it.
+        processing_class, callbacks, optimizers:
+            As in [`ICAETrainer`].
+    """
+
+    _name = "ICAE SFT"
+    args: ICAESFTConfig
+    _collator = DataCollatorForICAESFT
+
+    @staticmethod
+    def _prepare(dataset, model: ICAEForConditionalGeneration, args: ICAESFTConfig, training: bool):
+        if "context_ids" in (dataset.column_names or ()):
+            return dataset
+        return prepare_sft_dataset(
+            dataset,
+            model,
+            pretraining_share=args.pretraining_share if training else 0.0,
+            continuation_length=args.continuation_length,
+            max_context_length=args.max_context_length,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+
+    def _weights(self, inputs: dict[str, Any]) -> dict[str, float]:
+        # Each row weighs the same, whether it trains an answer or reconstruction and continuation.
+        share = inputs["autoencoding_rows"].float().mean().item()
+        weight = self.args.autoencoding_weight
+        return {
+            "instruction_weight": 1 - share,
+            "autoencoding_weight": share * (weight if "continuation_ids" in inputs else 1.0),
+            "continuation_weight": share * (1 - weight),
+            "distillation_weight": self.args.distillation_weight,
+        }
+
+    @torch.no_grad()
+    def _generation_metrics(self, dataset) -> dict[str, float]:
+        samples = list(dataset.take(self.args.eval_generations)) if self.args.eval_generations else []
+        results: dict[str, list[float]] = {"f1": [], "exact_match": []}
+        decode = self.model.tokenizer.batch_decode
+        for first in range(0, len(samples), self.args.per_device_eval_batch_size):
+            batch = samples[first : first + self.args.per_device_eval_batch_size]
+            contexts = [
+                [ids.tolist() for ids in torch.tensor(sample["context_ids"]).split(sample["context_lengths"])]
+                for sample in batch
+            ]
+            output = self.model.generate(
+                contexts,
+                [sample["prompt_ids"] for sample in batch],
+                max_new_tokens=self.args.max_new_tokens,
+                do_sample=False,
+            )
+            answers = decode(output, skip_special_tokens=True)
+            references = decode([sample["response_ids"] for sample in batch], skip_special_tokens=True)
+            for answer, reference in zip(answers, references, strict=True):
+                results["f1"].append(token_f1(answer, reference))
+                results["exact_match"].append(exact_match(answer, reference))
+        return {name: sum(values) / len(values) for name, values in results.items() if values}

@@ -1,0 +1,58 @@
+"""Arguments that both training stages share."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import SFTConfig
+
+
+@dataclass
+class ICAETrainingConfig(SFTConfig):
+    r"""
+    Base of [`ICAEPretrainingConfig`] and [`ICAESFTConfig`]: only what is new or has another default than in
+    [SFTConfig](https://huggingface.co/docs/trl/sft_trainer).
+
+    Args:
+        autoencoding_weight (`float`, *optional*, defaults to `0.5`):
+            Weight λ of the autoencoding loss; continuation has 1 - λ. Paper, section 2.3: 0.4 to 0.6 is best.
+        continuation_length (`int`, *optional*, defaults to `32`):
+            Tokens behind the context that the continuation task predicts; 0 trains autoencoding only.
+    """
+
+    autoencoding_weight: float = field(default=0.5, metadata={"help": "Weight λ of autoencoding. Paper: 0.4 to 0.6."})
+    continuation_length: int = field(
+        default=32, metadata={"help": "Tokens of the continuation task; 0 trains autoencoding only."}
+    )
+
+    # Parameters whose default values are overridden from SFTConfig
+    warmup_steps: float = field(default=300, metadata={"help": "Steps of linear warm-up. Paper, table 8: 300."})
+    max_grad_norm: float = field(default=2.0, metadata={"help": "Gradient clipping. Paper, table 8: 2.0."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW (UPL; the paper gives none)."})
+    bf16: bool = field(
+        default=False,
+        metadata={
+            "help": "Autocast around the whole step. Not needed: a base in bfloat16 computes in bfloat16 and keeps "
+            "the adapter in float32 by itself, and autocast would slow its decoder pass down."
+        },
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations in the backward pass; exact for both passes."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator chooses the columns."})
+    dataset_kwargs: dict[str, Any] | None = field(default_factory=lambda: {"skip_prepare_dataset": True})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.packing or self.padding_free:
+            raise ValueError(
+                "Expected `packing=False` and `padding_free=False`, got "
+                f"{self.packing} and {self.padding_free}: packed rows would share one memory, and the decoder of one "
+                "text would see the slots of another. Spans of all rows already run as one batch; leave both off."
+            )
+        if not 0 < self.autoencoding_weight <= 1:
+            raise ValueError(
+                f"Expected `autoencoding_weight` in (0, 1], got {self.autoencoding_weight}; the paper's λ is 0.4 to "
+                "0.6."
+            )
+        if self.continuation_length == 0:
+            self.autoencoding_weight = 1.0
