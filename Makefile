@@ -43,7 +43,7 @@ RUN ?= runs/icae-smollm2-135m
 snapshot: $(STAMP)  ## make checkpoints/icae-smollm2-135m from a training checkpoint
 	$(BIN)/python -c "import torch, icae; \
 	  model = icae.ICAEForConditionalGeneration.from_pretrained('$(RUN)', base_model=icae.embedded_base(), is_trainable=True); \
-	  model.save_pretrained('checkpoints/icae-smollm2-135m', dtype=torch.bfloat16)"
+	  model.save_pretrained('checkpoints/icae-smollm2-135m', dtype=torch.bfloat16, with_code=False)"
 
 comparison: $(STAMP)  ## layouts and memory types at equal tokens -> results/layouts.json, .png
 	for memory in key_values hidden_states; do for layout in uniform sequential; do \

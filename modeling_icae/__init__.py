@@ -2,6 +2,7 @@
 
 from .memory_icae import ICAEMemory
 from .modeling_icae import ICAEForConditionalGeneration, ICAEOutput
+from .pipeline_icae import ICAEContextGenerationPipeline
 
 
-__all__ = ["ICAEForConditionalGeneration", "ICAEMemory", "ICAEOutput"]
+__all__ = ["ICAEContextGenerationPipeline", "ICAEForConditionalGeneration", "ICAEMemory", "ICAEOutput"]

@@ -31,6 +31,7 @@ from transformers.utils import ModelOutput, logging
 from .chat_icae import chat_pieces, encode_contexts, encode_prompt, encode_response
 from .configuration_icae import TASKS
 from .memory_icae import ICAEMemory
+from .pipeline_icae import ICAEContextGenerationPipeline  # importing it registers the pipeline task
 from .pretrained_icae import ICAEPreTrainedModel, check_dtype
 
 
@@ -900,4 +901,4 @@ def _unpack(slots: torch.Tensor, shapes: list[tuple[int, int]]) -> Iterator[tupl
     return zip(states[::2], states[1::2], strict=True)
 
 
-__all__ = ["ICAEForConditionalGeneration", "ICAEOutput"]
+__all__ = ["ICAEContextGenerationPipeline", "ICAEForConditionalGeneration", "ICAEOutput"]

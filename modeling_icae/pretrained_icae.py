@@ -3,8 +3,10 @@
 
 import copy
 import hashlib
+import inspect
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -39,6 +41,18 @@ ADAPTER = "icae"
 ADAPTER_FOLDER = "adapter"
 SLOTS_FILE = "icae_slots.safetensors"
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "proxies", "revision", "subfolder")
+AUTO_MAP = {
+    "AutoConfig": "configuration_icae.ICAEConfig",
+    "AutoModel": "modeling_icae.ICAEForConditionalGeneration",
+    "AutoModelForCausalLM": "modeling_icae.ICAEForConditionalGeneration",
+}
+CUSTOM_PIPELINES = {
+    "icae-context-generation": {
+        "impl": "pipeline_icae.ICAEContextGenerationPipeline",
+        "pt": ["AutoModel"],
+        "type": "text",
+    }
+}
 AUTO_KWARGS = ("_from_auto", "_from_pipeline", "adapter_kwargs", "code_revision", "_commit_hash", "trust_remote_code")
 
 
@@ -253,6 +267,7 @@ class ICAEPreTrainedModel(PreTrainedModel):
         is_main_process: bool = True,
         state_dict: dict[str, torch.Tensor] | None = None,
         dtype: torch.dtype | None = None,
+        with_code: bool = True,
         **kwargs,
     ) -> None:
         """
@@ -268,6 +283,9 @@ class ICAEPreTrainedModel(PreTrainedModel):
                 Weights to save instead of the model's own, as FSDP and DeepSpeed gather them.
             dtype (`torch.dtype`, *optional*):
                 Stores the tensors in this dtype, for example `torch.bfloat16` for publishing.
+            with_code (`bool`, *optional*, defaults to `True`):
+                Also writes the model's code, so that the folder loads with `trust_remote_code=True` where this
+                package is not installed.
         """
         if kwargs.get("push_to_hub"):
             raise ValueError("Expected no `push_to_hub` here, got True; call `model.push_to_hub(repo_id)` instead.")
@@ -280,6 +298,13 @@ class ICAEPreTrainedModel(PreTrainedModel):
         config.architectures = [type(self).__name__.removeprefix("FSDP")]
         config.text_config.__dict__.pop("quantization_config", None)
         config.text_config._name_or_path = ""  # a path of this machine; `base_model_name_or_path` names the base
+        for name in ("auto_map", "custom_pipelines"):
+            config.__dict__.pop(name, None)
+        if with_code:
+            config.auto_map, config.custom_pipelines = AUTO_MAP, CUSTOM_PIPELINES
+            for file in self._code_files():
+                if file.parent != folder.resolve():
+                    shutil.copyfile(file, folder / file.name)
         config.save_pretrained(folder)
         self.generation_config.save_pretrained(folder)
 
@@ -305,6 +330,13 @@ class ICAEPreTrainedModel(PreTrainedModel):
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(folder)
 
+    @staticmethod
+    def _code_files() -> list[Path]:
+        """The files that make a folder load by itself: those beside this one, and that of the configuration."""
+        siblings = sorted(Path(__file__).resolve().parent.glob("*_icae.py"))
+        configuration = Path(inspect.getfile(ICAEConfig)).resolve()
+        return [configuration, *(file for file in siblings if file.name != configuration.name)]
+
     def _slots_state_dict(self, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         names = ("memory_embeddings", "task_embeddings")
         return {name: state_dict[name] if state_dict else getattr(self, name) for name in names}
@@ -327,7 +359,9 @@ class ICAEPreTrainedModel(PreTrainedModel):
             reason: Exception = ValueError("no name is known")
             for source in filter(None, sources):  # the ICAE's own first
                 try:
-                    self._tokenizer = AutoTokenizer.from_pretrained(source)
+                    # The ICAE's configuration is at hand; its file may name code, which would have to be trusted.
+                    config = self.config if source == self.name_or_path else None
+                    self._tokenizer = AutoTokenizer.from_pretrained(source, config=config)
                     return self._tokenizer
                 except (OSError, ValueError) as error:
                     reason = error

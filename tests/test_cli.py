@@ -102,3 +102,49 @@ def test_columns_are_wrapped_by_what_is_seen_and_keep_lines_and_indents():
     lines = mark_differences("def f():\n    return " + "word " * 30, "def", color=True)["original"]
     assert lines[0].startswith("def") and lines[1].startswith("    ") and len(lines) == 4
     assert all(visible(line) <= COLUMN for line in lines)
+
+
+@pytest.fixture
+def answer(options):
+    """What `generate` says about the text."""
+    model = ICAEForConditionalGeneration.from_pretrained(options[1])
+
+    def answer(prompt, context=TEXT):
+        ids = model.generate([context], prompt, max_new_tokens=5, do_sample=False)
+        return model.tokenizer.decode(ids[0], skip_special_tokens=True) + "\n"
+
+    return answer
+
+
+def test_prompts_are_answered_from_texts_and_from_a_memory(options, answer, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "more.txt").write_text("More.")
+    ask = ["ask", "--max-new-tokens", "5", *options, "--prompt", "Who?", "When?"]
+    assert main([*ask, "--context", str(tmp_path / "text.txt")]) == 0
+    assert capsys.readouterr().out == answer("Who?") + answer("When?")
+    assert main([*ask, "--context", str(tmp_path / "text.txt"), str(tmp_path / "more.txt")]) == 0
+    assert capsys.readouterr().out == answer("Who?", [TEXT, "More."]) + answer("When?", [TEXT, "More."])
+    memory = str(tmp_path / "text.safetensors")
+    assert main(["compress", str(tmp_path / "text.txt"), "-o", memory, *options]) == 0
+    assert main([*ask, "--memory", memory]) == 0
+    assert capsys.readouterr().out == answer("Who?") + answer("When?")
+
+
+def test_typed_prompts_are_answered_until_an_empty_line(options, answer, tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who?\nWhen?\n\nWhere?\n"))
+    assert main(["ask", "--max-new-tokens", "5", *options, "--context", str(tmp_path / "text.txt")]) == 0
+    assert capsys.readouterr().out == answer("Who?") + answer("When?")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "Who?"], "Expected either `--context` or `--memory`, got neither or both"),
+        (["--context", "a", "--memory", "b"], "Expected either `--context` or `--memory`, got neither or both"),
+        (["--context", "-"], "Expected `--prompt` beside a context from standard input"),
+    ],
+)
+def test_ask_says_what_is_missing(arguments, message, capsys):
+    assert main(["ask", *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -10,13 +10,14 @@ from transformers import AutoConfig, AutoModel
 
 from .configuration_icae import ICAEConfig
 from .embedded import EMBEDDED_CHECKPOINT, embedded_base
-from .modeling_icae import ICAEForConditionalGeneration, ICAEMemory, ICAEOutput
+from .modeling_icae import ICAEContextGenerationPipeline, ICAEForConditionalGeneration, ICAEMemory, ICAEOutput
 
 
 __version__ = version("icae")
 __all__ = [
     "EMBEDDED_CHECKPOINT",
     "ICAEConfig",
+    "ICAEContextGenerationPipeline",
     "ICAEForConditionalGeneration",
     "ICAEMemory",
     "ICAEOutput",

@@ -1,7 +1,8 @@
-"""The command `icae`: compress, reconstruct, demo, pretrain, sft, bench."""
+"""The command `icae`: compress, reconstruct, ask, demo, pretrain, sft, bench."""
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import safe_open
@@ -51,12 +52,19 @@ def _parser() -> argparse.ArgumentParser:
     reconstruct.add_argument("memory", help="memory file, text file, or - for a text on standard input")
     reconstruct.set_defaults(run=_reconstruct)
 
+    ask = commands.add_parser("ask", help="answer prompts about texts or a memory, interactively without --prompt")
+    ask.add_argument("--context", nargs="+", metavar="FILE", help="text files, or - for standard input")
+    ask.add_argument("--memory", metavar="FILE", help="memory file, instead of texts")
+    ask.add_argument("--prompt", nargs="+", metavar="TEXT", help="what to ask")
+    ask.add_argument("--max-new-tokens", type=int, default=128, help="length of an answer (default: 128)")
+    ask.set_defaults(run=_ask)
+
     demo = commands.add_parser("demo", help="compress passages of several kinds and show what comes back")
     demo.add_argument("--max-passages", type=int, help="show only the first ones")
     demo.add_argument("--json", help="also write the results to this file")
     demo.set_defaults(run=_demo)
 
-    for command in (compress, reconstruct, demo):
+    for command in (compress, reconstruct, ask, demo):
         command.add_argument("--model", help="folder or Hub id of an ICAE (default: the embedded checkpoint)")
         command.add_argument("--base", help="folder or Hub id of its base, if not where the ICAE says")
         command.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="dtype of the base")
@@ -109,6 +117,42 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
 
     source = ICAEMemory.load(arguments.memory) if _is_memory(arguments.memory) else _read_text(arguments.memory)
     print(load_model(arguments.model, arguments.base, arguments.dtype).reconstruct(source)[0])
+
+
+def _ask(arguments: argparse.Namespace) -> None:
+    from transformers import TextStreamer
+
+    from icae import ICAEMemory
+
+    if (arguments.context is None) == (arguments.memory is None):
+        raise ValueError("Expected either `--context` or `--memory`, got neither or both.")
+    if arguments.context and "-" in arguments.context and arguments.prompt is None:
+        raise ValueError("Expected `--prompt` beside a context from standard input, which prompts would come from.")
+    texts = [_read_text(name) for name in arguments.context or ()]
+    model = load_model(arguments.model, arguments.base, arguments.dtype)
+    memory = ICAEMemory.load(arguments.memory) if arguments.memory else model.compress([texts], progress=True)
+    print(f"{int(memory.num_tokens)} tokens in {int(memory.num_slots)} slots", file=sys.stderr)
+    streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    for prompt in arguments.prompt or _typed_prompts():
+        model.generate(
+            memory=memory,
+            prompt=prompt,
+            max_new_tokens=arguments.max_new_tokens,
+            do_sample=False,
+            streamer=streamer,
+        )
+
+
+def _typed_prompts() -> Iterator[str]:
+    """What is typed line by line, until an empty line or the end."""
+    while True:
+        try:
+            prompt = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not prompt:
+            return
+        yield prompt
 
 
 def _is_memory(name: str) -> bool:

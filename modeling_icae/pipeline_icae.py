@@ -1,0 +1,108 @@
+# Copyright 2026 The ICAE authors. Licensed under the Apache License, Version 2.0.
+"""The pipeline task `icae-context-generation`: answers to prompts about contexts or memories."""
+
+import itertools
+from typing import Any
+
+from transformers import AutoModel, GenerationConfig, Pipeline
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .memory_icae import ICAEMemory
+
+
+TASK = "icae-context-generation"
+
+
+class ICAEContextGenerationPipeline(Pipeline):
+    """
+    Answers prompts from compressed contexts.
+
+    An input is a dict with `prompt` — a text, a conversation, or a list of texts that are all asked about the same
+    context — and either `context` (a text, or a list of texts, each compressed apart) or `memory` (an
+    [`ICAEMemory`] of one row). A bare context goes with `prompt=`, which also is the default for dicts without one.
+    Lists, generators and data sets of inputs are answered in batches of `batch_size`.
+
+    The output for one input is a list of `{"generated_text": …}`, one per `num_return_sequences`; for a list of
+    prompts it is a list of such lists. All of generate's arguments can be given, here or at each call.
+
+    Example:
+
+    ```python
+    >>> from transformers import pipeline
+
+    >>> pipe = pipeline("icae-context-generation", model="org/icae-llama-7b", trust_remote_code=True)
+    >>> pipe({"context": report, "prompt": "Who wrote it?"}, max_new_tokens=16)
+    [{'generated_text': 'Ines Okafor'}]
+    >>> memory = pipe.model.compress(report)
+    >>> pipe([{"memory": memory, "prompt": "Who wrote it?"}, {"context": other, "prompt": "When?"}], batch_size=2)
+    ```
+    """
+
+    _load_tokenizer = False  # the model brings its own
+    _load_processor = _load_image_processor = _load_feature_extractor = _load_video_processor = False
+    _pipeline_calls_generate = True
+    _default_generation_config = GenerationConfig(max_new_tokens=256)
+
+    def __init__(self, model, tokenizer=None, **kwargs):
+        if tokenizer is not None:
+            model.tokenizer = tokenizer
+        super().__init__(model=model, tokenizer=model.tokenizer, **kwargs)
+
+    def _sanitize_parameters(self, prompt=None, **generate_kwargs):
+        return ({} if prompt is None else {"prompt": prompt}), generate_kwargs, {}
+
+    def preprocess(self, inputs: dict[str, Any] | str | ICAEMemory, prompt: Any = None) -> dict[str, Any]:
+        if isinstance(inputs, ICAEMemory):
+            inputs = {"memory": inputs}
+        elif not isinstance(inputs, dict):
+            inputs = {"context": inputs}
+        inputs = {"prompt": prompt} | inputs
+        unknown = set(inputs) - {"context", "memory", "prompt"}
+        if inputs["prompt"] is None or ("context" in inputs) == ("memory" in inputs) or unknown:
+            raise ValueError(
+                "Expected a dict with `prompt` and either `context` or `memory`, got the keys "
+                f"{sorted(key for key, value in inputs.items() if value is not None)}."
+            )
+        if "memory" in inputs and len(inputs["memory"]) != 1:
+            raise ValueError(
+                f"Expected a memory of one row in an input, got {len(inputs['memory'])} rows; give each row of it "
+                "(`memory.rows()`) as an input of its own."
+            )
+        prompts = inputs["prompt"]
+        several = isinstance(prompts, list | tuple) and all(isinstance(one, str | list | tuple) for one in prompts)
+        return inputs | {"prompts": list(prompts) if several else [prompts], "several": several}
+
+    def _forward(self, model_inputs: list[dict[str, Any]], **generate_kwargs) -> list[dict[str, Any]]:
+        contexts = [row["context"] for row in model_inputs if "context" in row]
+        compressed = iter(self.model.compress(contexts).rows() if contexts else ())
+        memories = [row["memory"] if "memory" in row else next(compressed) for row in model_inputs]
+        prompts = [prompt for row in model_inputs for prompt in row["prompts"]]
+        memory = memories[0]  # one context and many prompts: its slots are opened once
+        if len(memories) > 1:
+            asked = zip(memories, model_inputs, strict=True)
+            memory = ICAEMemory.stack([memory for memory, row in asked for _ in row["prompts"]])
+        output = self.model.generate(memory=memory, prompt=prompts, **self._prepare_generate_kwargs(generate_kwargs))
+        sequences = getattr(output, "sequences", output)
+        texts = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+        sequences_each = len(texts) // len(prompts)
+        answers = (texts[first : first + sequences_each] for first in range(0, len(texts), sequences_each))
+        return [row | {"answers": [next(answers) for _ in row["prompts"]]} for row in model_inputs]
+
+    def postprocess(self, model_outputs: dict[str, Any]) -> list[Any]:
+        answers = [[{"generated_text": text} for text in texts] for texts in model_outputs["answers"]]
+        return answers if model_outputs["several"] else answers[0]
+
+    def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
+        """Batches whole inputs, because memories and lists of texts cannot be padded like tensors."""
+        rows = (self.preprocess(row, **preprocess_params) for row in inputs)
+        while batch := list(itertools.islice(rows, batch_size)):
+            for outputs in self.forward(batch, **forward_params):
+                yield self.postprocess(outputs, **postprocess_params)
+
+    def run_single(self, inputs, preprocess_params, forward_params, postprocess_params):
+        return next(self.get_iterator([inputs], 0, 1, preprocess_params, forward_params, postprocess_params))
+
+
+PIPELINE_REGISTRY.register_pipeline(TASK, ICAEContextGenerationPipeline, pt_model=AutoModel, type="text")
+
+__all__ = ["ICAEContextGenerationPipeline"]
