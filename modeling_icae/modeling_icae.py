@@ -13,7 +13,6 @@ T tokens of the decoder's text, H hidden size, V vocabulary.
 """
 
 import copy
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -145,6 +144,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         *,
         span_length: int | None = None,
         max_spans_per_batch: int = 32,
+        window: int | None = None,
         progress: bool = False,
     ) -> ICAEMemory:
         """
@@ -162,6 +162,11 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                 Tokens compressed at once, at most `config.span_length`, which is the default.
             max_spans_per_batch (`int`, *optional*, defaults to 32):
                 Spans encoded at once. Bounds the memory of the pass; the result does not depend on it.
+            window (`int`, *optional*):
+                For documents that are longer than what the base has positions for: positions start again at 0 before
+                a span would leave a window of so many (less than the base has, so that prompts have room). The
+                windows then stand side by side, as after
+                [`ICAEMemory.concat`]. Default: such documents are refused.
             progress (`bool`, *optional*, defaults to `False`):
                 Whether to show a progress bar.
 
@@ -172,7 +177,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             `ValueError`: if a context is empty, or too long for the base's positions.
         """
         ids, parts = self._context_ids(context, attention_mask)
-        return self._compress(ids, parts, span_length, max_spans_per_batch, progress=progress)
+        return self._compress(ids, parts, span_length, max_spans_per_batch, window, progress)
 
     @torch.no_grad()
     def extend(
@@ -207,7 +212,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         return ICAEMemory.concat([memory, self._compress(ids, parts, **kwargs, offsets=offsets)])
 
     def _compress(
-        self, ids, parts, span_length=None, max_spans_per_batch: int = 32, progress: bool = False, offsets=None
+        self, ids, parts, span_length=None, max_spans_per_batch: int = 32, window=None, progress=False, offsets=None
     ) -> ICAEMemory:
         """`ids` of shape `(B, S)`, padded on the right; `parts`, the lengths of the contexts of each row."""
         span_length = self.config.span_length if span_length is None else span_length
@@ -233,9 +238,16 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         sequential = self.config.encoder_layout == "sequential"
         shifts: list[int] = []
         for row, offset in zip(spans, offsets or [0] * len(spans), strict=True):
-            taken = [tokens + slots if sequential else tokens for slots, tokens in row]
-            self._check_positions(offset + sum(taken) if is_cache else taken[0])
-            shifts += itertools.accumulate([offset, *(taken if is_cache else (tokens for _, tokens in row))][:-1])
+            taken = [tokens + slots if sequential and is_cache else tokens for slots, tokens in row]
+            last = offset + sum(taken) if is_cache else max(tokens + slots * sequential for slots, tokens in row)
+            self._check_positions(last if window is None else min(last, window))
+            if window is not None and window < max(taken):
+                raise ValueError(f"Expected a `window` of at least one span, {max(taken)} positions, got {window}.")
+            for length in taken:
+                if window is not None and offset + length > window:
+                    offset = 0
+                shifts.append(offset)
+                offset += length
 
         flat = [span for row in rows for span in row]
         slots, positions = [], []
@@ -843,7 +855,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         if limit is not None and last >= limit:
             raise ValueError(
                 f"Expected at most {limit - 1} tokens of context and prompt, which is what the base has positions "
-                f"for, got {last}; compress the parts apart and join them with `ICAEMemory.concat`."
+                f"for, got {last}; `compress(..., window=…)` takes longer documents."
             )
 
 

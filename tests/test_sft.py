@@ -7,7 +7,7 @@ import yaml
 from datasets import Dataset
 
 from icae import ICAEForConditionalGeneration
-from icae.evaluation.answers import exact_match, token_f1
+from icae.evaluation.measures import exact_match, token_f1
 from icae.trainers import DataCollatorForICAESFT, ICAESFTConfig, ICAESFTTrainer, prepare_sft_dataset
 from tiny import make_base
 

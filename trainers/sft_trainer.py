@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from icae.evaluation.answers import exact_match, token_f1
+from icae.evaluation.measures import exact_match, token_f1
 from icae.modeling_icae import ICAEForConditionalGeneration
 
 from .icae_trainer import ICAETrainer
