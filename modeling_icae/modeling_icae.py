@@ -804,14 +804,14 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             for row in context:
                 several = isinstance(row, list | tuple) and bool(row) and isinstance(row[0], list | tuple)
                 contexts = encode_contexts(self.tokenizer, row) if _is_text(row) else row if several else [row]
-                for ids in contexts:
-                    if not isinstance(ids, list | tuple) or not all(type(token) is int for token in ids):
+                for part in contexts:
+                    if not isinstance(part, list | tuple) or not all(type(token) is int for token in part):
                         raise ValueError(
                             "Expected a context as str or as a list of token ids, all of one kind, got "
-                            f"{type(ids).__name__} {str(ids)[:40]!r}."
+                            f"{type(part).__name__} {str(part)[:40]!r}."
                         )
-                tokens.append(torch.tensor([token for ids in contexts for token in ids], dtype=torch.long))
-                parts.append([len(ids) for ids in contexts])
+                tokens.append(torch.tensor([token for part in contexts for token in part], dtype=torch.long))
+                parts.append([len(part) for part in contexts])
             ids = pad_sequence(tokens, batch_first=True).to(device)
         vocabulary = self.language_model.get_input_embeddings().num_embeddings
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:

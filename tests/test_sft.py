@@ -7,7 +7,6 @@ import yaml
 from datasets import Dataset
 
 from icae import ICAEForConditionalGeneration
-from icae.evaluation.measures import exact_match, token_f1
 from icae.trainers import DataCollatorForICAESFT, ICAESFTConfig, ICAESFTTrainer, prepare_sft_dataset
 from tiny import make_base
 
@@ -312,22 +311,3 @@ def test_a_tiny_icae_learns_to_answer_from_its_slots(make_trainer, make_icae):
     metrics = trainer.state.log_history[-1]
     assert metrics["eval_response_loss"] < 0.5 < 2 < metrics["eval_response_loss_other_text"]
     assert metrics["eval_f1"] > 0.8
-
-
-# -------------------------------------------------------------------------------------------------------- measures
-
-
-@pytest.mark.parametrize(
-    ("answer", "reference", "f1", "exact"),
-    [
-        ("The Cat!", "cat", 1, 1),
-        ("a red cat", "the cat", 2 / 3, 0),
-        ("cat cat", "cat", 2 / 3, 0),
-        ("dog", "cat", 0, 0),
-        ("", "the", 1, 1),
-        ("", "cat", 0, 0),
-    ],
-)
-def test_answers_are_scored_as_by_squad(answer, reference, f1, exact):
-    assert token_f1(answer, reference) == pytest.approx(f1)
-    assert exact_match(answer, reference) == exact

@@ -55,7 +55,8 @@ class ICAESFTTrainer(ICAETrainer):
             "instruction_weight": 1 - share,
             "autoencoding_weight": share * (weight if "continuation_ids" in inputs else 1.0),
             "continuation_weight": share * (1 - weight),
-            "distillation_weight": self.args.distillation_weight,
+            # Held-out losses are always those of the reference, so that runs can be compared.
+            "distillation_weight": self.args.distillation_weight if self.model.training else 0.0,
         }
 
     @torch.no_grad()

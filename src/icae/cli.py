@@ -1,4 +1,4 @@
-"""The command `icae`: compress, reconstruct, ask, demo, pretrain, sft, bench."""
+"""The command `icae`: compress, reconstruct, ask, demo, pretrain, sft, evaluate, bench."""
 
 import argparse
 import sys
@@ -24,6 +24,10 @@ def main(argv: list[str] | None = None) -> int:
         from icae.evaluation.bench_train import main as bench_train
 
         return _run(lambda: bench_train(argv[2:]))
+    if argv[:2] == ["evaluate", "answers"]:
+        from icae.evaluation.answers import main as answers
+
+        return _run(lambda: answers(argv[2:]))
     arguments = _parser().parse_args(argv)
     return _run(lambda: arguments.run(arguments))
 
@@ -72,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     # Listed here for --help only; `main` hands them on.
     commands.add_parser("pretrain", help="pretrain from a YAML file: icae pretrain --config FILE")
     commands.add_parser("sft", help="tune on triples from a YAML file: icae sft --config FILE")
+    commands.add_parser("evaluate", help="answers from slots beside others: icae evaluate answers --data FILE")
     commands.add_parser("bench", help="what training costs: icae bench train")
     return parser
 

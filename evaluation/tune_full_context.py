@@ -1,0 +1,75 @@
+"""
+The baseline that is tuned like an ICAE: `python -m icae.evaluation.tune_full_context --config FILE.yaml --tuned OUT`.
+
+A LoRA of the same size, on the same triples in the same chat format and order, but the decoder reads the whole
+context. Takes the arguments of `icae sft`; the trainer is TRL's.
+"""
+
+from dataclasses import dataclass, field
+
+from peft import LoraConfig
+from transformers import set_seed
+from trl import SFTConfig, SFTTrainer, TrlParser
+
+from icae.trainers import ICAESFTConfig, prepare_sft_dataset
+from icae.trainers.scripts import ICAEArguments, load_data, load_model
+from icae.trainers.sft import SFTArguments
+
+
+SHARED = [
+    *("output_dir", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "max_steps", "warmup_steps", "seed"),
+    *("max_grad_norm", "adam_beta2", "per_device_train_batch_size", "per_device_eval_batch_size", "bf16", "use_cpu"),
+    *("eval_strategy", "eval_steps", "logging_steps", "report_to"),
+]
+
+
+@dataclass
+class TuneArguments(SFTArguments):
+    """What to tune, and on what."""
+
+    tuned: str = field(default="runs/full-context-lora", metadata={"help": "Where the PEFT adapter is written."})
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = TrlParser((TuneArguments, ICAEArguments, ICAESFTConfig))
+    script, icae, config = parser.parse_args_and_config(argv)
+    set_seed(config.seed)
+    model = load_model(script, icae)
+    train, evaluation = load_data(script)
+    prefix = model._prefix("instruction").tolist()
+
+    def join(row):
+        prompt = [*prefix, *row["context_ids"], *row["prompt_ids"]]
+        response = row["response_ids"]
+        return {
+            "input_ids": prompt + response,
+            "completion_mask": [0] * len(prompt) + [1] * len(response),
+        }
+
+    def prepare(dataset):
+        samples = prepare_sft_dataset(dataset, model, max_context_length=config.max_context_length)
+        return samples.map(join, remove_columns=samples.column_names)
+
+    if evaluation is not None:
+        evaluation = prepare(evaluation.shuffle(seed=config.seed).take(script.eval_samples))
+    options = {name: getattr(config, name) for name in SHARED}
+    trainer = SFTTrainer(
+        model=model.language_model,
+        args=SFTConfig(**options, max_length=None, save_strategy="no", gradient_checkpointing=False),
+        train_dataset=prepare(train),
+        eval_dataset=evaluation,
+        processing_class=model.tokenizer,
+        peft_config=LoraConfig(
+            r=model.config.lora_r,
+            lora_alpha=model.config.lora_alpha,
+            lora_dropout=model.config.lora_dropout,
+            target_modules=model.config.lora_target_modules,
+            task_type="CAUSAL_LM",
+        ),
+    )
+    trainer.train()
+    trainer.model.save_pretrained(script.tuned)
+
+
+if __name__ == "__main__":
+    main()

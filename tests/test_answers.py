@@ -1,0 +1,111 @@
+import json
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from icae import ICAEForConditionalGeneration
+from icae.cli import main
+from icae.evaluation.answers import SlotReader, TokenReader, choose_rows, number_of_slots
+from icae.evaluation.measures import exact_match, scores, token_f1
+from icae.evaluation.tune_full_context import main as tune
+from tiny import make_base
+
+
+TRIPLES = Dataset.from_dict(
+    {
+        "context": [f"The {color} cat sat on mat number {number}." for number in range(3) for color in ("red", "tan")],
+        "prompt": ["Which cat?"] * 6,
+        "response": ["red", "the tan cat that sat on the mat and did not move at all"] * 3,
+        "source": ["short", "long"] * 3,
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "f1", "exact"),
+    [
+        ("The Cat!", "cat", 1, 1),
+        ("a red cat", "the cat", 2 / 3, 0),
+        ("cat cat", "cat", 2 / 3, 0),
+        ("dog", "cat", 0, 0),
+        ("", "the", 1, 1),
+        ("", "cat", 0, 0),
+    ],
+)
+def test_answers_are_scored_as_by_squad(answer, reference, f1, exact):
+    assert token_f1(answer, reference) == pytest.approx(f1)
+    assert exact_match(answer, reference) == exact
+
+
+def test_long_answers_are_scored_by_rouge():
+    found = scores("the cat sat on the mat", "the cat lay on the mat")
+    assert found["rouge1"] == pytest.approx(5 / 6) and found["rouge2"] == pytest.approx(3 / 5)
+
+
+@pytest.fixture
+def saved(make_icae, tokenizer, tmp_path):
+    make_base().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    make_icae(base=base).save_pretrained(tmp_path / "icae")
+    TRIPLES.to_parquet(tmp_path / "data.parquet")
+    return tmp_path
+
+
+def test_full_context_truncation_and_no_context_read_what_they_say(saved):
+    model = ICAEForConditionalGeneration.from_pretrained(saved / "icae")
+    rows = choose_rows(str(saved / "data.parquet"), 2, 100, 0, model)
+    assert [row["source"] for row in rows].count("long") == 2 == len(rows) / 2
+    row = rows[0]
+    assert number_of_slots(model, row["context_ids"]) == int(model.compress(row["context"]).num_slots)
+    reader = TokenReader(model.language_model, model, lambda ids: ids[:3])
+    text = model.tokenizer.decode(reader._inputs([row])[0])
+    assert text == f"<s><|im_start|>user\n{row['context'][:3]}\n\nWhich cat?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_batch_of_answers_equals_one_by_one(saved):
+    model = ICAEForConditionalGeneration.from_pretrained(saved / "icae")
+    rows = choose_rows(str(saved / "data.parquet"), 2, 100, 0, model)
+    rows[0]["context_ids"] = rows[0]["context_ids"][:7]
+    for reader in (SlotReader(model), TokenReader(model.language_model, model, lambda ids: ids)):
+        with torch.no_grad():
+            alone = [reader.losses([row])[0] for row in rows]
+            assert reader.losses(rows) == pytest.approx(alone, abs=1e-4)
+            assert reader.answers(rows, 5) == [reader.answers([row], 5)[0] for row in rows]
+
+
+def test_icae_evaluate_answers_writes_every_condition_with_its_controls(saved):
+    options = {
+        "base_model": str(saved / "base"),
+        "dtype": "float32",
+        "train_files": [str(saved / "data.parquet")],
+        "span_length": 16,
+        "lora_r": 2,
+        "output_dir": str(saved / "run"),
+        "per_device_train_batch_size": 2,
+        "max_steps": 2,
+        "report_to": "none",
+        "use_cpu": True,
+        "tuned": str(saved / "tuned"),
+    }
+    (saved / "config.yaml").write_text(yaml.dump(options))
+    tune(["--config", str(saved / "config.yaml")])
+    arguments = [
+        "--model",
+        str(saved / "icae"),
+        "--tuned",
+        str(saved / "tuned"),
+        "--data",
+        str(saved / "data.parquet"),
+    ]
+    arguments += ["--per-source", "2", "--max-new-tokens", "4", "--output", str(saved / "answers.json")]
+    assert main(["evaluate", "answers", *arguments]) == 0
+    record = json.loads((saved / "answers.json").read_text())
+    names = ["full context", "full context, tuned", "icae", "no context", "truncated context", "untrained slots"]
+    assert sorted(record["summary"]) == names and record["rows"] == 4
+    assert record["by_source"]["icae"]["long"]["rows"] == 2
+    losses = {name: row["loss"] for name, row in record["summary"].items()}
+    assert len(set(losses.values())) == 6  # each condition is another one
