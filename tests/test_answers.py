@@ -87,6 +87,8 @@ def test_icae_evaluate_answers_writes_every_condition_with_its_controls(saved):
         "output_dir": str(saved / "run"),
         "per_device_train_batch_size": 2,
         "max_steps": 2,
+        "warmup_steps": 0,
+        "learning_rate": 0.05,
         "report_to": "none",
         "use_cpu": True,
         "tuned": str(saved / "tuned"),
