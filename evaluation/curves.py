@@ -1,8 +1,8 @@
 """
-Learning curves of pretraining runs, side by side: `python -m icae.evaluation.curves RUN … --output results/NAME.json`.
+Learning curves of runs, side by side: `python -m icae.evaluation.curves RUN … --output results/NAME.json`.
 
-Reads `trainer_state.json` and `config.json` of each run and writes a JSON file and, beside it, a plot of the held-out
-autoencoding loss over context tokens, with the control — the loss with another text's slots — dashed.
+Reads `trainer_state.json` and `config.json` of each run and writes a JSON file and, beside it, a plot of a held-out
+loss over context tokens, with the control — the loss with another text's slots — dashed.
 """
 
 import argparse
@@ -18,40 +18,36 @@ from icae.evaluation.record import write_record
 
 FIELDS = ("memory_type", "encoder_layout", "decoder_layout", "span_length", "compression_ratio", "lora_r")
 COLUMNS = (
-    "eval_ae_loss",
-    "eval_ae_loss_other_text",
-    "eval_ae_accuracy",
-    "eval_lm_loss",
-    "eval_lm_loss_other_text",
-    "eval_bleu",
-    "eval_exact_prefix",
+    *("ae_loss", "ae_loss_other_text", "ae_accuracy", "lm_loss", "lm_loss_other_text", "bleu", "exact_prefix"),
+    *("response_loss", "response_loss_other_text", "response_accuracy", "f1", "exact_match"),
 )
+LABELS = {"ae_loss": "autoencoding loss", "response_loss": "loss of the response"}
 
 
-def read_run(folder: Path) -> dict[str, Any]:
+def read_run(folder: Path, loss: str) -> dict[str, Any]:
     """Settings and evaluations of one run."""
     config = json.loads((folder / "config.json").read_text())
     state = json.loads((folder / "trainer_state.json").read_text())
-    evaluations = [entry for entry in state["log_history"] if "eval_ae_loss" in entry]
+    evaluations = [entry for entry in state["log_history"] if f"eval_{loss}" in entry]
     return {
         "config": {name: config[name] for name in FIELDS},
         "context_tokens": [entry["eval_num_tokens"] for entry in evaluations],
         **{
-            column.removeprefix("eval_"): [entry[column] for entry in evaluations]
+            column: [entry[f"eval_{column}"] for entry in evaluations]
             for column in COLUMNS
-            if column in evaluations[0]
+            if f"eval_{column}" in evaluations[0]
         },
     }
 
 
-def plot(runs: dict[str, dict[str, Any]], title: str, file: Path) -> None:
+def plot(runs: dict[str, dict[str, Any]], loss: str, title: str, file: Path) -> None:
     """Held-out loss over context tokens, the control dashed in the same colour."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for name, run in runs.items():
-        (line,) = axes.plot(run["context_tokens"], run["ae_loss"], marker="o", markersize=3, label=name)
-        axes.plot(run["context_tokens"], run["ae_loss_other_text"], linestyle="--", color=line.get_color(), alpha=0.6)
+        (line,) = axes.plot(run["context_tokens"], run[loss], marker="o", markersize=3, label=name)
+        axes.plot(run["context_tokens"], run[f"{loss}_other_text"], linestyle="--", color=line.get_color(), alpha=0.6)
     axes.plot([], [], linestyle="--", color="gray", label="the same with another text's slots")
-    axes.set(xlabel="context tokens trained on", ylabel="autoencoding loss, nats per token", title=title)
+    axes.set(xlabel="context tokens trained on", ylabel=f"{LABELS[loss]}, nats per token", title=title)
     axes.set_yscale("log")  # the control is a hundred times the loss
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -62,17 +58,18 @@ def plot(runs: dict[str, dict[str, Any]], title: str, file: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Learning curves of pretraining runs, side by side.")
-    parser.add_argument("runs", nargs="+", type=Path, help="output folders of `icae pretrain`; their names are shown")
+    parser = argparse.ArgumentParser(description="Learning curves of runs, side by side.")
+    parser.add_argument("runs", nargs="+", type=Path, help="output folders of training; their names are shown")
+    parser.add_argument("--loss", choices=LABELS, default="ae_loss", help="what is plotted")
     parser.add_argument("--title", default="Autoencoding loss on held-out text")
     parser.add_argument("--output", type=Path, required=True, help="JSON file; the plot lies beside it")
     arguments = parser.parse_args(argv)
-    runs = {folder.name: read_run(folder) for folder in arguments.runs}
+    runs = {folder.name: read_run(folder, arguments.loss) for folder in arguments.runs}
     record = {"what": arguments.title, "unit": "nats per target token", "runs": runs}
     write_record(arguments.output, record)
-    plot(runs, arguments.title, arguments.output.with_suffix(".png"))
+    plot(runs, arguments.loss, arguments.title, arguments.output.with_suffix(".png"))
     for name, run in runs.items():
-        print(f"{run['ae_loss'][-1]:6.3f} (other text {run['ae_loss_other_text'][-1]:6.2f})  {name}")
+        print(f"{run[arguments.loss][-1]:6.3f} (other text {run[f'{arguments.loss}_other_text'][-1]:6.2f})  {name}")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from icae import ICAEForConditionalGeneration
 from icae.cli import main
-from icae.evaluation.answers import SlotReader, TokenReader, choose_rows, number_of_slots
+from icae.evaluation.answers import choose_rows, number_of_slots
 from icae.evaluation.measures import exact_match, scores, token_f1
+from icae.evaluation.readers import SlotReader, TokenReader
 from icae.evaluation.tune_full_context import main as tune
 from tiny import make_base
 

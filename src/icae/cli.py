@@ -3,31 +3,28 @@
 import argparse
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 from safetensors import safe_open
 
 
+# Commands with parsers of their own.
+OWN_PARSERS = {
+    ("pretrain",): "icae.trainers.pretrain",
+    ("sft",): "icae.trainers.sft",
+    ("evaluate", "reconstruction"): "icae.evaluation.reconstruction",
+    ("evaluate", "answers"): "icae.evaluation.answers",
+    ("bench", "train"): "icae.evaluation.bench_train",
+}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand. Returns 0, or 2 after an error that the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
-    # These have parsers of their own.
-    if argv[:1] == ["pretrain"]:
-        from icae.trainers.pretrain import main as pretrain
-
-        return _run(lambda: pretrain(argv[1:]))
-    if argv[:1] == ["sft"]:
-        from icae.trainers.sft import main as sft
-
-        return _run(lambda: sft(argv[1:]))
-    if argv[:2] == ["bench", "train"]:
-        from icae.evaluation.bench_train import main as bench_train
-
-        return _run(lambda: bench_train(argv[2:]))
-    if argv[:2] == ["evaluate", "answers"]:
-        from icae.evaluation.answers import main as answers
-
-        return _run(lambda: answers(argv[2:]))
+    for words, module in OWN_PARSERS.items():
+        if tuple(argv[: len(words)]) == words:
+            return _run(lambda: import_module(module).main(argv[len(words) :]))  # noqa: B023
     arguments = _parser().parse_args(argv)
     return _run(lambda: arguments.run(arguments))
 
@@ -76,12 +73,16 @@ def _parser() -> argparse.ArgumentParser:
     # Listed here for --help only; `main` hands them on.
     commands.add_parser("pretrain", help="pretrain from a YAML file: icae pretrain --config FILE")
     commands.add_parser("sft", help="tune on triples from a YAML file: icae sft --config FILE")
-    commands.add_parser("evaluate", help="answers from slots beside others: icae evaluate answers --data FILE")
-    commands.add_parser("bench", help="what training costs: icae bench train")
+    for name, text in (
+        ("evaluate", "what slots keep: icae evaluate reconstruction | answers --data FILE"),
+        ("bench", "what training costs: icae bench train"),
+    ):
+        kinds = [words[1] for words in OWN_PARSERS if words[0] == name]
+        commands.add_parser(name, help=text).add_argument("what", choices=kinds)
     return parser
 
 
-def load_model(model: str | None, base: str | None, dtype: str):
+def load_model(model: str | None, base: str | None, dtype: str, **options):
     """The model that the common options name."""
     import torch
 
@@ -96,7 +97,7 @@ def load_model(model: str | None, base: str | None, dtype: str):
         )
     if base is None and ICAEConfig.from_pretrained(model).base_model_name_or_path == EMBEDDED_BASE_ID:
         base = embedded_base()
-    return ICAEForConditionalGeneration.from_pretrained(model, base_model=base, dtype=getattr(torch, dtype))
+    return ICAEForConditionalGeneration.from_pretrained(model, base_model=base, dtype=getattr(torch, dtype), **options)
 
 
 def _read_text(name: str) -> str:

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from .evaluation.readers import TokenReader
 from .modeling_icae import ICAEForConditionalGeneration, ICAEMemory
 
 
 COLUMN = 58  # characters
+ANSWER_LENGTH = 24  # tokens
 
 
 def run_demo(
@@ -29,7 +31,8 @@ def run_demo(
     json_file: str | None = None,
 ) -> list[dict[str, Any]]:
     """
-    Compresses the packaged passages, writes them out again and shows both with the differences marked; then saves the
+    Compresses the packaged passages, writes them out again and shows both with the differences marked; answers
+    questions about them from the slots, beside the answers with the full context and with no context; then saves the
     memories, loads them into a second instance of the model and checks that they read the same.
 
     Args:
@@ -63,6 +66,7 @@ def run_demo(
             "tokens_kept": sum(block.size for block in matches.get_matching_blocks()) / ids.shape[1],
             "original": passage["text"],
             "reconstruction": text,
+            "answers": [answer(model, memory, passage["text"], question) for question in passage["questions"]],
         }
         show(result)
         results.append(result)
@@ -82,6 +86,20 @@ def run_demo(
     if json_file:
         Path(json_file).write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return results
+
+
+def answer(model: ICAEForConditionalGeneration, memory: ICAEMemory, context: str, question: str) -> dict[str, str]:
+    """A question with its answers: from the slots, and from the frozen base with the full and with no context."""
+    row = {"context_ids": tokenize(model, context), "prompt_ids": model.encode_prompts([question])[0]}
+    slots = model.generate(memory=memory, prompt=question, max_new_tokens=ANSWER_LENGTH, do_sample=False)
+    full = TokenReader(model.language_model, model, lambda ids: ids)
+    none = TokenReader(model.language_model, model, lambda ids: [])
+    return {
+        "question": question,
+        "from the slots": model.tokenizer.decode(slots[0], skip_special_tokens=True),
+        "full context": full.answers([row], ANSWER_LENGTH)[0],
+        "no context": none.answers([row], ANSWER_LENGTH)[0],
+    }
 
 
 def tokenize(model: ICAEForConditionalGeneration, text: str) -> list[int]:
@@ -109,6 +127,8 @@ def show(result: dict[str, Any]) -> None:
     columns = mark_differences(result["original"], result["reconstruction"], sys.stdout.isatty())
     for left, right in itertools.zip_longest(*[[title, *lines] for title, lines in columns.items()], fillvalue=""):
         print(f"{left}{' ' * (COLUMN - visible(left))} │ {right}")
+    for answers in result["answers"]:
+        print(*(f"{name + ':':16s}{text.strip()}" for name, text in answers.items()), sep="\n")
     print()
 
 
