@@ -11,7 +11,7 @@ BEGIN, END = "<!-- results:begin -->\n", "<!-- results:end -->"
 def render(results: Path) -> str:
     """The results section, in Markdown. Parts whose file is missing are left out."""
     parts = []
-    for name, section in (("embedded", embedded), ("layouts", layouts), ("bench_train", costs)):
+    for name, section in SECTIONS.items():
         file = results / f"{name}.json"
         if file.is_file():
             parts.append(section(json.loads(file.read_text())))
@@ -19,24 +19,44 @@ def render(results: Path) -> str:
 
 
 def embedded(record: dict[str, Any]) -> str:
-    """The embedded checkpoint at its last evaluation."""
-    (run,) = record["runs"].values()
-    tokens = run["context_tokens"][-1]
+    """What the checkpoints reconstruct."""
+    spans = record["arguments"]["max_spans"]
     rows = "\n".join(
-        f"| {run['context_tokens'][at] / 1e6:.2f} M tokens | {run['ae_loss'][at]:.2f} | "
-        f"{run['ae_loss_other_text'][at]:.2f} | {run['ae_accuracy'][at]:.1%} | {run['bleu'][at]:.2f} |"
-        for at in (0, -1)
+        f"| {name} | {row['ae_loss']:.2f} | {row['ae_loss_other_text']:.1f} | {row['ae_accuracy']:.1%} | "
+        f"{row['bleu']:.2f} | {row['lm_loss']:.2f} | {row['lm_loss_other_text']:.2f} |"
+        for name, row in record["models"].items()
     )
     return f"""\
-**The embedded checkpoint** (SmolLM2-135M-Instruct, 4x, {tokens / 1e6:.2f} M context tokens on one CPU core), on
-held-out text of all kinds, contexts of up to 256 tokens:
+**The embedded checkpoint** (SmolLM2-135M-Instruct, 4x, trained on one CPU core) on held-out text of all kinds,
+{record["context_tokens"]:,} tokens in contexts of 1 to {spans} spans
+([reconstruction.json](results/reconstruction.json); learning curves: [first](results/embedded.png),
+[second](results/embedded-2.png) run, [tuning](results/sft.png)):
 
-| trained on | autoencoding loss | with another text's slots | accuracy (teacher-forced) | BLEU of the reconstruction |
-| --- | --- | --- | --- | --- |
+| | autoencoding loss | another text's slots | accuracy | BLEU | continuation loss | another text's slots |
+| --- | --- | --- | --- | --- | --- | --- |
 {rows}
 
-Losses in nats per token; the curve is in [results/embedded.json](results/embedded.json) and
-[embedded.png](results/embedded.png).
+Losses in nats per token, accuracy teacher-forced, BLEU of the text that is really written out.
+"""
+
+
+def answers(record: dict[str, Any]) -> str:
+    """Answers to held-out prompts."""
+    columns = ("loss", "f1", "f1_share_of_full_context", "short_f1", "short_exact_match", "long_rougeL")
+    rows = "\n".join(
+        f"| {name} | " + " | ".join(f"{row[column]:.2f}" for column in columns) + " |"
+        for name, row in record["summary"].items()
+    )
+    return f"""\
+**Answers from the slots**: {record["rows"]} held-out prompts of {len(record["by_source"]["icae"])} sources,
+{record["context_tokens"]:,} context tokens in {record["slots"]:,} slots ([answers.json](results/answers.json)):
+
+| answers from | loss of the reference | token F1 | of full context | short: F1 | exact match | long: ROUGE-L |
+| --- | --- | --- | --- | --- | --- | --- |
+{rows}
+
+The frozen base reads the full, the truncated (as many tokens as there are slots) and no context; "tuned" is a LoRA of
+the same size, tuned on the same data with the full context.
 """
 
 
@@ -71,6 +91,9 @@ with two copies of the base and all logits, one row at a time, as the official c
 | --- | --- |
 {rows}
 """
+
+
+SECTIONS = {"reconstruction": embedded, "answers": answers, "layouts": layouts, "bench_train": costs}
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from icae.trainers import ICAEPretrainingConfig, ICAEPretrainingTrainer
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="How much of held-out text comes back from its slots.")
     parser.add_argument("--data", required=True, help="Parquet file of documents (column `text`)")
-    parser.add_argument("--models", nargs="+", help="ICAEs (default: the embedded checkpoint)")
+    parser.add_argument("--models", nargs="+", metavar="NAME=FOLDER", help="ICAEs (default: the embedded checkpoint)")
     parser.add_argument("--base", help="their base, if not where the ICAE says")
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--reconstructions", type=int, default=16, help="samples that are really written out")
@@ -29,12 +29,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("results/reconstruction.json"))
     arguments = parser.parse_args(argv)
     results = {}
-    for name in arguments.models or [None]:
-        model = load_model(name, arguments.base, "bfloat16", is_trainable=True)
+    for model_name in arguments.models or ["embedded="]:
+        name, _, folder = model_name.rpartition("=")
+        model = load_model(folder or None, arguments.base, "bfloat16", is_trainable=True)
         documents = load_dataset("parquet", data_files=arguments.data, split="train")
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as output_dir:
             config = ICAEPretrainingConfig(
-                output_dir=folder,
+                output_dir=output_dir,
                 max_spans=arguments.max_spans,
                 eval_reconstructions=arguments.reconstructions,
                 per_device_eval_batch_size=arguments.batch_size,
@@ -45,8 +46,8 @@ def main(argv: list[str] | None = None) -> None:
             samples = trainer.eval_dataset.shuffle(seed=arguments.seed).take(arguments.samples)
             trainer.evaluate(samples)
         found = trainer.state.log_history[-1]
-        skipped = ("runtime", "per_second", "num_tokens", "eval_loss", "epoch")
-        results[name or "embedded"] = {
+        skipped = ("runtime", "per_second", "num_tokens", "eval_loss", "preparation_time")
+        results[name or folder] = {
             key.removeprefix("eval_"): value
             for key, value in found.items()
             if key.startswith("eval_") and not key.endswith(skipped)

@@ -112,3 +112,31 @@ def test_icae_evaluate_answers_writes_every_condition_with_its_controls(saved):
     assert record["by_source"]["icae"]["long"]["rows"] == 2
     losses = {name: row["loss"] for name, row in record["summary"].items()}
     assert len(set(losses.values())) == 6  # each condition is another one
+
+
+def test_icae_evaluate_reconstruction_measures_checkpoints_on_the_same_text(saved):
+    texts = Dataset.from_dict({"text": [row["context"] * 3 for row in TRIPLES]})
+    texts.to_parquet(saved / "texts.parquet")
+    arguments = ["--data", str(saved / "texts.parquet"), "--models", f"first={saved / 'icae'}", str(saved / "icae")]
+    arguments += ["--samples", "4", "--reconstructions", "2", "--output", str(saved / "reconstruction.json")]
+    assert main(["evaluate", "reconstruction", *arguments]) == 0
+    record = json.loads((saved / "reconstruction.json").read_text())
+    first, second = record["models"].values()
+    assert list(record["models"]) == ["first", str(saved / "icae")]
+    assert first == second and {"ae_loss", "ae_loss_other_text", "bleu", "exact_prefix", "lm_loss"} <= set(first)
+
+
+def test_learning_curves_of_both_stages_are_drawn(saved):
+    pytest.importorskip("matplotlib")
+    from icae.evaluation.curves import main as curves
+
+    for loss in ("ae_loss", "response_loss"):
+        history = [
+            {f"eval_{loss}": value, f"eval_{loss}_other_text": 5.0, "eval_num_tokens": 10.0 * step, "step": step}
+            for step, value in enumerate((4.0, 2.0))
+        ]
+        (saved / "icae" / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+        output = saved / f"{loss}.json"
+        curves([str(saved / "icae"), "--loss", loss, "--output", str(output)])
+        assert json.loads(output.read_text())["runs"]["icae"][loss] == [4.0, 2.0]
+        assert output.with_suffix(".png").stat().st_size > 1000
