@@ -5,6 +5,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from transformers import AutoModelForCausalLM
 
 from icae import ICAEForConditionalGeneration
 from icae.trainers import DataCollatorForICAESFT, ICAESFTConfig, ICAESFTTrainer, prepare_sft_dataset
@@ -288,6 +289,26 @@ def test_icae_sft_runs_from_a_file_and_goes_on(config_file):
     history = json.loads((run / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4]
     assert ICAEForConditionalGeneration.from_pretrained(run).config.span_length == 16
+
+
+def test_the_teacher_writes_responses_to_tune_on(config_file, make_icae):
+    from icae.cli import main
+
+    folder = config_file.parent
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    model = make_icae(base=base)
+    model.save_pretrained(folder / "icae")
+    options = ["--model", str(folder / "icae"), "--dtype", "float32", "--max-new-tokens", "5", "--batch-size", "3"]
+    files = ["--data", str(folder / "train.parquet"), "--output", str(folder / "taught.parquet")]
+    assert main(["write-responses", *files, *options]) == 0
+    taught = Dataset.from_parquet(str(folder / "taught.parquet"))
+    assert list(taught["context"]) == CONTEXTS
+    chat = [{"role": "user", "content": f"{CONTEXTS[1]}\n\n{PROMPTS[1]}"}]
+    text = "<s>" + model.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    ids = model.tokenizer(text, return_tensors="pt").input_ids
+    output = model.language_model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+    assert taught[1]["response"] == model.tokenizer.decode(output, skip_special_tokens=True)
+    assert len(prepare_sft_dataset(taught, model)) == 4
 
 
 def test_icae_sft_stops_when_validation_gets_no_better(config_file):

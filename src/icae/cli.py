@@ -13,6 +13,7 @@ from safetensors import safe_open
 OWN_PARSERS = {
     ("pretrain",): "icae.trainers.pretrain",
     ("sft",): "icae.trainers.sft",
+    ("write-responses",): "icae.trainers.write_responses",
     ("evaluate", "reconstruction"): "icae.evaluation.reconstruction",
     ("evaluate", "answers"): "icae.evaluation.answers",
     ("bench", "train"): "icae.evaluation.bench_train",
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     # Listed here for --help only; `main` hands them on.
     commands.add_parser("pretrain", help="pretrain from a YAML file: icae pretrain --config FILE")
     commands.add_parser("sft", help="tune on triples from a YAML file: icae sft --config FILE")
+    commands.add_parser("write-responses", help="responses of the frozen base with the whole context, to tune on")
     for name, text in (
         ("evaluate", "what slots keep: icae evaluate reconstruction | answers --data FILE"),
         ("bench", "what training costs: icae bench train"),
