@@ -2,7 +2,7 @@
 `icae write-responses --data FILE.parquet --output FILE.parquet`: responses by the teacher itself.
 
 The frozen base reads each whole context and answers the prompt; its answer takes the place of the response, for
-sequence-level distillation (as PISCO does, arXiv 2501.16075). Tuning on the result is `icae sft` as always.
+sequence-level distillation, as PISCO does. Tuning on the result is `icae sft` as always.
 """
 
 import argparse
