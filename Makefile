@@ -6,7 +6,7 @@ DATA ?= data
 STAMP := $(VENV)/.installed
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-fast lint format types train-embedded snapshot comparison bench clean
+.PHONY: demo test test-fast lint format types train-embedded tune-embedded evaluate snapshot comparison bench clean
 
 demo: $(STAMP)  ## compress passages of several kinds with the embedded checkpoint and show what comes back
 	$(BIN)/icae demo
@@ -38,8 +38,18 @@ FILES = --train_files $(wildcard $(DATA)/train-*.parquet) --eval_files $(DATA)/v
 train-embedded: $(STAMP)  ## the recipe of checkpoints/icae-smollm2-135m; goes on where it was interrupted
 	OMP_NUM_THREADS=1 $(BIN)/icae pretrain --config trainers/presets/cpu.yaml $(FILES) --resume true
 
+# TRIPLES is a folder with train.parquet and validation.parquet (columns `context`, `prompt`, `response`, `source`).
+TRIPLES ?= triples
+tune-embedded: $(STAMP)  ## its instruction stage; goes on where it was interrupted
+	OMP_NUM_THREADS=1 $(BIN)/icae sft --config trainers/presets/sft_cpu.yaml --init_from runs/icae-smollm2-135m \
+	  --train_files $(TRIPLES)/train.parquet --eval_files $(TRIPLES)/validation.parquet --resume true
+
+evaluate: $(STAMP)  ## what the embedded checkpoint keeps -> results/reconstruction.json, results/answers.json
+	$(BIN)/icae evaluate reconstruction --data $(DATA)/validation.parquet
+	$(BIN)/icae evaluate answers --data $(TRIPLES)/validation.parquet --per-source 4
+
 # RUN is a checkpoint of that run; what is published is its adapter and slots in bfloat16.
-RUN ?= runs/icae-smollm2-135m
+RUN ?= runs/icae-smollm2-135m-sft
 snapshot: $(STAMP)  ## make checkpoints/icae-smollm2-135m from a training checkpoint
 	$(BIN)/python -c "import torch, icae; \
 	  model = icae.ICAEForConditionalGeneration.from_pretrained('$(RUN)', base_model=icae.embedded_base(), is_trainable=True); \

@@ -311,6 +311,18 @@ def test_the_teacher_writes_responses_to_tune_on(config_file, make_icae):
     assert len(prepare_sft_dataset(taught, model)) == 4
 
 
+def test_the_preset_is_understood(tmp_path):
+    from trl import TrlParser
+
+    from icae.trainers.scripts import ICAEArguments
+    from icae.trainers.sft import SFTArguments
+
+    file = Path(__file__).parents[1] / "trainers" / "presets" / "sft_cpu.yaml"
+    parser = TrlParser((SFTArguments, ICAEArguments, ICAESFTConfig))
+    _, _, config = parser.parse_args_and_config(["--config", str(file), "--output_dir", str(tmp_path)])
+    assert config.pretraining_share == 0.15 and config.max_steps == 340
+
+
 def test_icae_sft_stops_when_validation_gets_no_better(config_file):
     from icae.cli import main
 
