@@ -48,7 +48,8 @@ def plot(runs: dict[str, dict[str, Any]], loss: str, title: str, file: Path) -> 
         axes.plot(run["context_tokens"], run[f"{loss}_other_text"], linestyle="--", color=line.get_color(), alpha=0.6)
     axes.plot([], [], linestyle="--", color="gray", label="the same with another text's slots")
     axes.set(xlabel="context tokens trained on", ylabel=f"{LABELS[loss]}, nats per token", title=title)
-    axes.set_yscale("log")  # the control is a hundred times the loss
+    if loss == "ae_loss":
+        axes.set_yscale("log")  # the control is a hundred times the loss
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.grid(alpha=0.3, which="both")
