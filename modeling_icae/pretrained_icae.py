@@ -326,6 +326,8 @@ class ICAEPreTrainedModel(PreTrainedModel):
         adapter_config = copy.deepcopy(self.language_model.peft_config[ADAPTER])
         adapter_config.base_model_name_or_path = self.config.base_model_name_or_path
         adapter_config.inference_mode = True
+        if isinstance(adapter_config.target_modules, set):
+            adapter_config.target_modules = sorted(adapter_config.target_modules)  # the same file every time
         adapter_config.save_pretrained(folder / ADAPTER_FOLDER)
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(folder)

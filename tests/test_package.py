@@ -134,12 +134,13 @@ def test_the_embedded_checkpoint_reads_a_passage_back():
 
 @pytest.mark.slow
 @pytest.mark.skipif(icae.EMBEDDED_CHECKPOINT is None, reason="an installed wheel carries no checkpoint")
-def test_the_readme_s_first_snippet_runs(tmp_path, monkeypatch):
+def test_the_readme_s_first_snippets_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("document.txt").write_text("Ines Okafor lives in Bergen. Every morning she walks to the harbour.")
-    snippet = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     names: dict = {}
-    exec(snippet.group(1), names)
+    for snippet in snippets[:2]:
+        exec(snippet, names)
     assert names["answers"].shape[0] == 2 and Path("document.safetensors").exists()
 
 
