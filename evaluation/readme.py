@@ -56,7 +56,7 @@ def answers(record: dict[str, Any]) -> str:
 {rows}
 
 The frozen base reads the full, the truncated (as many tokens as there are slots) and no context; "tuned" is a LoRA of
-the same size, tuned on the same data with the full context.
+the same size, tuned on data of the same kind with the full context ([how long](results/README.md)).
 """
 
 
