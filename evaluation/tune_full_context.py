@@ -8,7 +8,7 @@ context. Takes the arguments of `icae sft`; the trainer is TRL's.
 from dataclasses import dataclass, field
 
 from peft import LoraConfig
-from transformers import set_seed
+from transformers import AutoModelForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from icae.trainers import ICAESFTConfig, prepare_sft_dataset
@@ -53,8 +53,10 @@ def main(argv: list[str] | None = None) -> None:
     if evaluation is not None:
         evaluation = prepare(evaluation.shuffle(seed=config.seed).take(script.eval_samples))
     options = {name: getattr(config, name) for name in SHARED}
+    base = model.language_model
     trainer = SFTTrainer(
-        model=model.language_model,
+        # Loaded again: an ICAE's own copy holds its encoder's adapter, switched off by a flag that PEFT shares.
+        model=AutoModelForCausalLM.from_pretrained(base.name_or_path, dtype=base.dtype),
         args=SFTConfig(**options, max_length=None, save_strategy="no", gradient_checkpointing=False),
         train_dataset=prepare(train),
         eval_dataset=evaluation,

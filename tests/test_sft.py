@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from icae import ICAEForConditionalGeneration
 from icae.trainers import DataCollatorForICAESFT, ICAESFTConfig, ICAESFTTrainer, prepare_sft_dataset
-from tiny import make_base
+from tiny import SHORT_RUN, make_base
 
 
 CONTEXTS = [
@@ -33,21 +33,11 @@ def make_trainer(make_icae, tmp_path):
         defaults = {
             "output_dir": str(tmp_path / folder),
             "per_device_train_batch_size": 2,
-            "max_steps": 6,
-            "learning_rate": 1e-2,
-            "warmup_steps": 0,
-            "logging_steps": 1,
-            "save_steps": 3,
-            "report_to": "none",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "continuation_length": 4,
             "pretraining_share": 0.4,
             "eval_generations": 3,
             "max_new_tokens": 4,
-            "seed": 3,
         }
-        args = ICAESFTConfig(**(defaults | options))
+        args = ICAESFTConfig(**(SHORT_RUN | defaults | options))
         return ICAESFTTrainer(model or make_icae(lora_dropout=0.1), args, data, data)
 
     return make

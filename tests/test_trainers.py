@@ -12,7 +12,7 @@ from peft import LoraConfig
 
 from icae import ICAEForConditionalGeneration
 from icae.trainers import ICAEPretrainingConfig, ICAEPretrainingTrainer
-from tiny import make_base
+from tiny import SHORT_RUN, make_base
 
 
 SENTENCES = [
@@ -30,19 +30,9 @@ def make_trainer(make_icae, tmp_path):
         defaults = {
             "output_dir": str(tmp_path / folder),
             "per_device_train_batch_size": 4,
-            "max_steps": 6,
-            "learning_rate": 1e-2,
-            "warmup_steps": 0,
-            "logging_steps": 1,
-            "save_steps": 3,
-            "report_to": "none",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "continuation_length": 4,
             "eval_reconstructions": 2,
-            "seed": 3,
         }
-        args = ICAEPretrainingConfig(**(defaults | options))
+        args = ICAEPretrainingConfig(**(SHORT_RUN | defaults | options))
         return ICAEPretrainingTrainer(model or make_icae(lora_dropout=0.1), args, DOCUMENTS, DOCUMENTS)
 
     return make

@@ -40,6 +40,20 @@ FAMILIES = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512},
 }
 
+# Arguments of a trainer for a run of seconds.
+SHORT_RUN = {
+    "max_steps": 6,
+    "learning_rate": 1e-2,
+    "warmup_steps": 0,
+    "logging_steps": 1,
+    "save_steps": 3,
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "continuation_length": 4,
+    "seed": 3,
+}
+
 
 def make_base(family: str = "llama", **overrides):
     """A tiny, seeded base of one of `FAMILIES`."""

@@ -24,7 +24,6 @@ logger = logging.get_logger(__name__)
 
 PWC_NAMES = {"input": "context", "answer": "response"}  # `sggetao/PwC`
 MIXED_SPANS = 2  # of the samples that train reconstruction
-PREFIX_ROOM = 64  # tokens of the chat template in front of the context
 
 
 def prepare_sft_dataset(
@@ -69,6 +68,7 @@ def prepare_sft_dataset(
     # Not the model itself in what follows: `datasets` pickles what a function refers to.
     tokenizer, end_token_ids, span_length = model.tokenizer, model.end_token_ids, model.config.span_length
     positions = getattr(model.config.text_config, "max_position_embeddings", None)
+    prefix_length = len(model._prefix("instruction"))
 
     def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
         prompt, response = _prompt_and_response(row)
@@ -85,7 +85,7 @@ def prepare_sft_dataset(
         }
 
     def fits(context: list[int], prompt: list[int], response: list[int]) -> bool:
-        total = len(context) + len(prompt) + len(response) + PREFIX_ROOM
+        total = prefix_length + len(context) + len(prompt) + len(response)
         return len(context) <= (max_context_length or total) and total <= (positions or total)
 
     def mix(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
