@@ -39,8 +39,8 @@ def main(argv: list[str] | None = None) -> None:
     prefix = model._prefix("instruction").tolist()
 
     def join(row):
-        prompt = [*prefix, *row["context_ids"], *row["prompt_ids"]]
-        response = row["response_ids"]
+        prompt = [*prefix, *row["context_ids"], *row["prompt_ids"][0]]
+        response = row["response_ids"][0]
         return {
             "input_ids": prompt + response,
             "completion_mask": [0] * len(prompt) + [1] * len(response),

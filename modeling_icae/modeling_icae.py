@@ -45,7 +45,7 @@ class ICAEOutput(ModelOutput):
         task_losses (`dict[str, torch.FloatTensor]`):
             Mean loss of each task that was computed, in nats per target token.
         token_losses (`dict[str, torch.FloatTensor]`):
-            For each task, the loss at each target token, of shape `(batch_size, target_length)`; 0 at padding.
+            For each task, the loss at each target token, of shape `(rows, target_length)`; 0 at padding.
         token_masks (`dict[str, torch.BoolTensor]`):
             For each task, where `token_losses` has a target, of the same shape.
         token_correct (`dict[str, torch.BoolTensor]`):
@@ -388,6 +388,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         prompt_mask: torch.Tensor | None = None,
         response_ids: torch.Tensor | None = None,
         response_mask: torch.Tensor | None = None,
+        context_index: torch.Tensor | None = None,
         autoencoding_rows: torch.Tensor | None = None,
         autoencoding_weight: float | None = None,
         continuation_weight: float | None = None,
@@ -411,10 +412,13 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                 Read this memory instead of compressing `context_ids`; for example another text's, as a control.
             continuation_ids, continuation_mask (of shape `(batch_size, continuation_length)`, *optional*):
                 Text that follows the context: the target of continuation (language modelling).
-            prompt_ids, prompt_mask (of shape `(batch_size, prompt_length)`, *optional*):
+            prompt_ids, prompt_mask (of shape `(num_prompts, prompt_length)`, *optional*):
                 What stands between memory and response, see [`~ICAEForConditionalGeneration.encode_prompts`].
-            response_ids, response_mask (of shape `(batch_size, response_length)`, *optional*):
+            response_ids, response_mask (of shape `(num_prompts, response_length)`, *optional*):
                 The target of the instruction task, with its end token.
+            context_index (`torch.LongTensor` of shape `(num_prompts,)`, *optional*):
+                Row of the context that each prompt is about, so that many prompts share one encoder pass. Default:
+                one prompt per context.
             autoencoding_rows (`torch.BoolTensor` of shape `(batch_size,)`, *optional*):
                 Rows to autoencode. Default: all.
             autoencoding_weight (`float`, *optional*):
@@ -473,24 +477,23 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
 
         task_losses, token_losses, token_correct = {}, {}, {}
         for task, text in texts.items():
-            if len(text.mask) != len(memory):
+            about = torch.arange(len(memory)) if context_index is None or task != "instruction" else context_index
+            if len(text.mask) != len(about):
                 raise ValueError(
                     f"Expected one row per context for the task {task!r}, got {len(text.mask)} rows for "
-                    f"{len(memory)} contexts."
+                    f"{len(about)} contexts; `context_index` says which context each prompt is about."
                 )
             rows = text.label_mask.any(dim=1)
             if not rows.any():
                 raise ValueError(f"Expected at least one target token for the task {task!r}, got none.")
-            if rows.all():
-                hidden = self._read(memory, task, text)
-            else:
-                hidden = self._read(memory[rows], task, text[rows])
+            about = about.to(rows.device)[rows]
+            hidden = self._read(memory[about], task, text[rows])
             targets = text.label_mask
             loss, hit = self._cross_entropy(hidden, text.labels[targets])
             if task == "instruction" and distillation_weight > 0:
                 if context_ids is None or context_mask is None:
                     raise ValueError("Expected `context_ids`, which the teacher reads, beside `memory`; got None.")
-                teacher = self._read_full_context(context_ids[rows], context_mask[rows], text[rows])
+                teacher = self._read_full_context(context_ids[about], context_mask[about], text[rows])
                 loss = (1 - distillation_weight) * loss + distillation_weight * self._divergence(hidden, teacher)
             task_losses[task] = loss.mean()
             token_losses[task] = loss.new_zeros(targets.shape).masked_scatter(targets, loss.detach())

@@ -51,8 +51,8 @@ def test_a_sample_holds_the_context_as_text_the_prompt_in_its_template_and_the_r
     sample = prepare_sft_dataset(TRIPLES, model)[0]
     decode = model.tokenizer.decode
     assert decode(sample["context_ids"]) == CONTEXTS[0]
-    assert decode(sample["prompt_ids"]) == f"\n\n{PROMPTS[0]}<|im_end|>\n<|im_start|>assistant\n"
-    assert decode(sample["response_ids"]) == "Ines</s>"
+    assert decode(sample["prompt_ids"][0]) == f"\n\n{PROMPTS[0]}<|im_end|>\n<|im_start|>assistant\n"
+    assert decode(sample["response_ids"][0]) == "Ines</s>"
     assert sample["length"] == len(CONTEXTS[0]) and sample["continuation_ids"] == []
 
 
@@ -76,8 +76,8 @@ def test_control_tokens_in_any_text_stay_text(make_icae):
     data = Dataset.from_dict({"context": [hostile], "prompt": [hostile], "response": [hostile]})
     sample = prepare_sft_dataset(data, model)[0]
     control = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert control not in sample["context_ids"] + sample["response_ids"]
-    assert sample["prompt_ids"].count(control) == 1  # the template's own
+    assert control not in sample["context_ids"] + sample["response_ids"][0]
+    assert sample["prompt_ids"][0].count(control) == 1  # the template's own
     assert model.tokenizer.decode(sample["context_ids"]) == hostile
 
 
@@ -92,6 +92,65 @@ def test_several_contexts_of_a_row_start_spans_of_their_own(make_icae):
     expected = model.compress([CONTEXTS[:2], CONTEXTS[2]])
     assert torch.equal(memory.slots, expected.slots) and memory.spans == expected.spans
     assert [tokens for _, tokens in memory.spans[0]] == [16, 16, 16, 5, 16, 16, 16, 7]
+
+
+def test_neighbours_with_one_context_become_one_sample_of_up_to_max_prompts(make_icae):
+    model = make_icae()
+    about = [0, 0, 0, 1, 2, 2, 0]
+    data = TRIPLES.select(about).map(lambda row, i: {"prompt": f"{i}?"}, with_indices=True)
+    single = samples(prepare_sft_dataset(data, model))
+    grouped = samples(prepare_sft_dataset(data, model, max_prompts=2))
+    assert [len(sample["prompt_ids"]) for sample in grouped] == [2, 1, 1, 2, 1]
+    for name in ("prompt_ids", "response_ids"):
+        assert [ids for sample in grouped for ids in sample[name]] == [sample[name][0] for sample in single]
+    contexts = [CONTEXTS[0], CONTEXTS[0], CONTEXTS[1], CONTEXTS[2], CONTEXTS[0]]
+    assert [model.tokenizer.decode(sample["context_ids"]) for sample in grouped] == contexts
+    streamed = prepare_sft_dataset(data.to_iterable_dataset(2), model, max_prompts=2)
+    assert [len(sample["prompt_ids"]) for sample in streamed] == [2, 1, 1, 2, 1]
+
+
+def test_prompts_that_share_an_encoder_pass_have_the_losses_of_prompts_that_do_not(make_icae):
+    model = make_icae()
+    about = [0, 0, 1, 3, 3, 3]
+    data = Dataset.from_dict(
+        {
+            "context": [CONTEXTS[i] for i in about],
+            "prompt": [f"{i} {PROMPTS[i]}"[: 8 + 3 * i] for i in about],
+            "response": ["yes", "no", "a red giant", "", "the wall", "x"],
+        }
+    ).filter(lambda text: text != "", input_columns=["response"])
+    collate = DataCollatorForICAESFT()
+    single = collate(samples(prepare_sft_dataset(data, model)))
+    grouped = collate(samples(prepare_sft_dataset(data, model, max_prompts=4)))
+    assert len(grouped["context_ids"]) == 3 and len(single["context_ids"]) == 5
+    assert grouped["context_index"].tolist() == [0, 0, 1, 2, 2]
+    for options in ({}, {"distillation_weight": 0.5}):
+        gradients = []
+        for batch in (single, grouped):
+            output = model(**batch, autoencoding_weight=0, **options)
+            output.loss.backward()
+            gradients.append({name: p.grad for name, p in model.trainable_parameters().items() if p.grad is not None})
+            model.zero_grad()
+            gradients[-1]["losses"] = output.token_losses["instruction"]
+        for name, expected in gradients[0].items():
+            torch.testing.assert_close(gradients[1][name], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_collator_s_example_is_what_it_makes():
+    sample = {"context_ids": [7, 8], "context_lengths": [2], "continuation_ids": []}
+    batch = DataCollatorForICAESFT()([sample | {"prompt_ids": [[4], [3, 6]], "response_ids": [[5, 2], [8, 2]]}])
+    expected = {
+        "context_ids": [[7, 8]],
+        "context_mask": [[True, True]],
+        "prompt_ids": [[4, 0], [3, 6]],
+        "prompt_mask": [[True, False], [True, True]],
+        "response_ids": [[5, 2], [8, 2]],
+        "response_mask": [[True, True], [True, True]],
+        "context_index": [0, 0],
+        "context_lengths": [[2]],
+        "autoencoding_rows": [False],
+    }
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
 
 
 def test_the_share_of_pretraining_samples_is_as_asked_and_does_not_depend_on_batches(make_icae):
@@ -178,7 +237,7 @@ def test_a_distilled_model_learns_from_the_base_with_the_whole_context(make_icae
         distilled = model(**batch, autoencoding_weight=0, distillation_weight=1.0).loss
         half = model(**batch, autoencoding_weight=0, distillation_weight=0.5).loss
         prefix = model.tokenizer("<s><|im_start|>user\n")["input_ids"]
-        ids = [*prefix, *sample["context_ids"], *sample["prompt_ids"], sample["response_ids"][0]]
+        ids = [*prefix, *sample["context_ids"], *sample["prompt_ids"][0], sample["response_ids"][0][0]]
         with model.adapter(False):
             teacher = model.language_model(torch.tensor([ids])).logits[0, -2:].log_softmax(-1)
         memory = model.compress(CONTEXTS[0])
@@ -188,7 +247,7 @@ def test_a_distilled_model_learns_from_the_base_with_the_whole_context(make_icae
             max_new_tokens=2,
             output_logits=True,
             return_dict_in_generate=True,
-            prefix_allowed_tokens_fn=lambda *_: [sample["response_ids"][0]],
+            prefix_allowed_tokens_fn=lambda *_: [sample["response_ids"][0][0]],
         )
         student = torch.cat(output.logits).log_softmax(-1)
     expected = (teacher.exp() * (teacher - student)).sum(-1).mean()
@@ -233,6 +292,11 @@ def test_evaluation_reports_the_control_and_real_answers(make_trainer):
 def test_packing_is_refused_with_the_reason(tmp_path):
     with pytest.raises(ValueError, match="packed rows would share one memory"):
         ICAESFTConfig(output_dir=str(tmp_path), packing=True)
+
+
+def test_contexts_without_prompts_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="Expected `max_prompts` of at least 1 per context, got 0"):
+        ICAESFTConfig(output_dir=str(tmp_path), max_prompts=0)
 
 
 @pytest.mark.parametrize("name", ["pretraining_share", "distillation_weight"])

@@ -32,15 +32,16 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(config.seed)  # before the adapter and the slots get their first values
     model = load_model(script, icae)
     train_dataset, eval_dataset = load_data(script)
-    if script.streaming:
-        # Rows of one context stand together in sets of this kind.
-        train_dataset = train_dataset.shuffle(seed=config.seed, buffer_size=10_000)
     if eval_dataset is not None:
         eval_dataset = eval_dataset.shuffle(seed=config.seed).take(script.eval_samples)
     callbacks = []
     if script.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(script.early_stopping_patience))
-    run(ICAESFTTrainer(model, config, train_dataset, eval_dataset, callbacks=callbacks), script, icae)
+    trainer = ICAESFTTrainer(model, config, train_dataset, eval_dataset, callbacks=callbacks)
+    if script.streaming:
+        # Samples of one kind stand together in sets of this kind.
+        trainer.train_dataset = trainer.train_dataset.shuffle(seed=config.seed, buffer_size=10_000)
+    run(trainer, script, icae)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ class ICAESFTConfig(ICAETrainingConfig):
     Arguments of [`ICAESFTTrainer`], besides those of [`ICAETrainingConfig`].
 
     Args:
+        max_prompts (`int`, *optional*, defaults to `4`):
+            Neighbouring rows about the same context share its encoder pass, up to so many.
         pretraining_share (`float`, *optional*, defaults to `0.1`):
             Share of samples that train reconstruction and continuation of the same contexts, so that neither is
             forgotten.
@@ -25,6 +27,7 @@ class ICAESFTConfig(ICAETrainingConfig):
             Length of these answers.
     """
 
+    max_prompts: int = field(default=4, metadata={"help": "Rows about one context that share its encoder pass."})
     pretraining_share: float = field(
         default=0.1, metadata={"help": "Share of samples that train reconstruction and continuation."}
     )
@@ -49,6 +52,8 @@ class ICAESFTConfig(ICAETrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.max_prompts < 1:
+            raise ValueError(f"Expected `max_prompts` of at least 1 per context, got {self.max_prompts}.")
         for name in ("pretraining_share", "distillation_weight"):
             share = getattr(self, name)
             if not 0 <= share <= 1 or (share == 1 and name == "pretraining_share"):

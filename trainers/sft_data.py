@@ -5,7 +5,9 @@ Which samples train reconstruction and continuation instead depends on the seed 
 only, not on workers or processes.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ def prepare_sft_dataset(
     dataset: AnyDataset,
     model: ICAEForConditionalGeneration,
     *,
+    max_prompts: int = 1,
     pretraining_share: float = 0.0,
     continuation_length: int = 32,
     max_context_length: int | None = None,
@@ -37,7 +40,8 @@ def prepare_sft_dataset(
 ) -> AnyDataset:
     """
     Turns a data set of triples, in memory or streamed, into one with the columns `context_ids`, `context_lengths`,
-    `continuation_ids`, `prompt_ids`, `response_ids` and `length` (tokens of the context).
+    `continuation_ids`, `prompt_ids`, `response_ids` (each a list of lists, one per prompt) and `length` (tokens of the
+    context).
 
     Columns of triples are `context`, `prompt`, `response` or PwC's `input`, `prompt`, `answer`; or `context` and
     `messages`, a conversation about the context whose last message, the assistant's, is the response. A context may be
@@ -46,6 +50,9 @@ def prepare_sft_dataset(
     Args:
         dataset (`Dataset` or `IterableDataset`): the triples.
         model ([`ICAEForConditionalGeneration`]): gives tokenizer, chat template and span length.
+        max_prompts (`int`, *optional*, defaults to 1):
+            Neighbouring rows with the same context become one sample of up to so many prompts, which share the
+            context's encoder pass. Shuffle the samples, not the rows.
         pretraining_share (`float`, *optional*, defaults to 0.0):
             Share of samples that train reconstruction and continuation. They come beside the rows they are cut from.
         continuation_length (`int`, *optional*, defaults to 32): tokens of the continuation of such a sample.
@@ -80,18 +87,28 @@ def prepare_sft_dataset(
             "context_ids": [token for ids in contexts for token in ids],
             "context_lengths": [len(ids) for ids in contexts],
             "continuation_ids": [],
-            "prompt_ids": encode_prompt(tokenizer, prompt),
-            "response_ids": encode_response(tokenizer, response, end_token_ids),
+            "prompt_ids": [encode_prompt(tokenizer, prompt)],
+            "response_ids": [encode_response(tokenizer, response, end_token_ids)],
         }
 
-    def fits(context: list[int], prompt: list[int], response: list[int]) -> bool:
-        total = prefix_length + len(context) + len(prompt) + len(response)
+    def fits(context: list[int], prompts: list[list[int]], responses: list[list[int]]) -> bool:
+        total = prefix_length + len(context) + len(prompts[0]) + len(responses[0])
         return len(context) <= (max_context_length or total) and total <= (positions or total)
+
+    def gather(batch: dict[str, list], indices: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Neighbours with the same context as one sample, with the place of the first of them."""
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        for _, same in groupby(zip(indices, rows, strict=True), lambda pair: _context_of(pair[1])):
+            neighbours = list(same)
+            for first in range(0, len(neighbours), max_prompts):
+                (place, sample), *others = neighbours[first : first + max_prompts]
+                for name in ("prompt_ids", "response_ids"):
+                    sample = sample | {name: [*sample[name], *(ids for _, row in others for ids in row[name])]}
+                yield place, sample
 
     def mix(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         rows = []
-        for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
-            row = dict(zip(batch, values, strict=True))
+        for index, row in gather(batch, indices):
             rows.append(row | {"length": len(row["context_ids"])})
             rng = np.random.default_rng([seed, index])
             expected = pretraining_share / (1 - pretraining_share)
@@ -127,6 +144,10 @@ def prepare_sft_dataset(
     return fitting.map(mix, batched=True, with_indices=True, batch_size=64)
 
 
+def _context_of(row: dict[str, Any]) -> tuple[list[int], list[int]]:
+    return row["context_ids"], row["context_lengths"]
+
+
 def _prompt_and_response(row: dict[str, Any]) -> tuple[str | list[dict[str, Any]], str]:
     if "messages" not in row:
         return row["prompt"], row["response"]
@@ -142,17 +163,19 @@ def _prompt_and_response(row: dict[str, Any]) -> tuple[str | list[dict[str, Any]
 @dataclass
 class DataCollatorForICAESFT:
     """
-    Pads the ids of samples from [`prepare_sft_dataset`] on the right.
+    Pads the ids of samples from [`prepare_sft_dataset`] on the right. Prompts and responses have a row each;
+    `context_index` says which row of the contexts they are about.
 
     Example:
 
     ```python
     >>> collator = DataCollatorForICAESFT()
     >>> sample = dict(context_ids=[7, 8], context_lengths=[2], continuation_ids=[])
-    >>> collator([sample | dict(prompt_ids=[4], response_ids=[5, 2])])
+    >>> collator([sample | dict(prompt_ids=[[4], [3, 6]], response_ids=[[5, 2], [8, 2]])])
     {'context_ids': tensor([[7, 8]]), 'context_mask': tensor([[True, True]]),
-     'prompt_ids': tensor([[4]]), 'prompt_mask': tensor([[True]]),
-     'response_ids': tensor([[5, 2]]), 'response_mask': tensor([[True, True]]),
+     'prompt_ids': tensor([[4, 0], [3, 6]]), 'prompt_mask': tensor([[True, False], [True, True]]),
+     'response_ids': tensor([[5, 2], [8, 2]]), 'response_mask': tensor([[True, True], [True, True]]),
+     'context_index': tensor([0, 0]),
      'context_lengths': tensor([[2]]), 'autoencoding_rows': tensor([False])}
     ```
 
@@ -160,7 +183,15 @@ class DataCollatorForICAESFT:
     """
 
     def __call__(self, samples: list[dict]) -> dict[str, Any]:
-        batch = pad_samples(samples, ("context", "continuation", "prompt", "response"))
+        batch = pad_samples(samples, ("context", "continuation"))
+        asked = [
+            {"prompt_ids": prompt, "response_ids": response, "index": index}
+            for index, sample in enumerate(samples)
+            for prompt, response in zip(sample["prompt_ids"], sample["response_ids"], strict=True)
+        ]
+        if asked:
+            batch |= pad_samples(asked, ("prompt", "response"))
+            batch["context_index"] = torch.tensor([row["index"] for row in asked])
         lengths = [torch.tensor(sample["context_lengths"]) for sample in samples]
         batch["context_lengths"] = pad_sequence(lengths, batch_first=True)
         batch["autoencoding_rows"] = torch.tensor([not sample["response_ids"] for sample in samples])

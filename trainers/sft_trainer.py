@@ -41,6 +41,7 @@ class ICAESFTTrainer(ICAETrainer):
         return prepare_sft_dataset(
             dataset,
             model,
+            max_prompts=args.max_prompts if training else 1,
             pretraining_share=args.pretraining_share if training else 0.0,
             continuation_length=args.continuation_length,
             max_context_length=args.max_context_length,
@@ -48,7 +49,7 @@ class ICAESFTTrainer(ICAETrainer):
         )
 
     def _weights(self, inputs: dict[str, Any]) -> dict[str, float]:
-        # Each row weighs the same, whether it trains an answer or reconstruction and continuation.
+        # Each context weighs the same, whether it trains answers or reconstruction and continuation.
         share = inputs["autoencoding_rows"].float().mean().item()
         weight = self.args.autoencoding_weight
         return {
@@ -72,12 +73,12 @@ class ICAESFTTrainer(ICAETrainer):
             ]
             output = self.model.generate(
                 contexts,
-                [sample["prompt_ids"] for sample in batch],
+                [sample["prompt_ids"][0] for sample in batch],
                 max_new_tokens=self.args.max_new_tokens,
                 do_sample=False,
             )
             answers = decode(output, skip_special_tokens=True)
-            references = decode([sample["response_ids"] for sample in batch], skip_special_tokens=True)
+            references = decode([sample["response_ids"][0] for sample in batch], skip_special_tokens=True)
             for answer, reference in zip(answers, references, strict=True):
                 results["f1"].append(token_f1(answer, reference))
                 results["exact_match"].append(exact_match(answer, reference))
