@@ -56,12 +56,7 @@ snapshot: $(STAMP)  ## make checkpoints/icae-smollm2-135m from a training checkp
 	  model.save_pretrained('checkpoints/icae-smollm2-135m', dtype=torch.bfloat16, with_code=False)"
 
 comparison: $(STAMP)  ## layouts and memory types at equal tokens -> results/layouts.json, .png
-	for memory in key_values hidden_states; do for layout in uniform sequential; do \
-	  OMP_NUM_THREADS=1 $(BIN)/icae pretrain --config trainers/presets/comparison.yaml $(FILES) --memory_type $$memory \
-	    --encoder_layout $$layout --decoder_layout $$layout --output_dir runs/comparison/$$memory-$$layout || exit 1; \
-	done; done
-	$(BIN)/python -m icae.evaluation.curves runs/comparison/* --output results/layouts.json \
-	  --title "Autoencoding at 4x, 64-token spans, SmolLM2-135M: position layouts and memory types"
+	OMP_NUM_THREADS=1 $(BIN)/icae sweep evaluation/sweeps/layouts.yaml $(FILES)
 
 bench: $(STAMP)  ## what a training step costs -> results/bench_train.json
 	$(BIN)/icae bench train

@@ -21,7 +21,7 @@ COLUMNS = (
     *("ae_loss", "ae_loss_other_text", "ae_accuracy", "lm_loss", "lm_loss_other_text", "bleu", "exact_prefix"),
     *("response_loss", "response_loss_other_text", "response_accuracy", "f1", "exact_match"),
 )
-LABELS = {"ae_loss": "autoencoding loss", "response_loss": "loss of the response"}
+LABELS = {"ae_loss": "autoencoding loss", "lm_loss": "continuation loss", "response_loss": "loss of the response"}
 
 
 def read_run(folder: Path, loss: str) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class ICAEPretrainingTrainer(ICAETrainer):
     def _prepare(dataset, model: ICAEForConditionalGeneration, args: ICAEPretrainingConfig, training: bool):
         if "context_ids" in (dataset.column_names or ()):
             return dataset
-        return prepare_pretraining_dataset(
+        samples = prepare_pretraining_dataset(
             dataset,
             model.tokenizer,
             span_length=model.config.span_length,
@@ -49,11 +49,16 @@ class ICAEPretrainingTrainer(ICAETrainer):
             seed=args.seed if args.data_seed is None else args.data_seed,
             text_column=args.text_column,
         )
+        if args.autoencoding_weight == 0:
+            samples = samples.filter(bool, input_columns=["continuation_ids"])
+        return samples
 
     def _weights(self, inputs) -> dict[str, float]:
         return {"autoencoding_weight": self.args.autoencoding_weight}
 
     def _position_metrics(self, outputs: ICAEOutput) -> dict[str, float]:
+        if "autoencoding" not in outputs.token_correct:
+            return {}
         correct, mask = outputs.token_correct["autoencoding"], outputs.token_masks["autoencoding"]
         places = torch.arange(mask.shape[1], device=mask.device)
         quarter = (4 * places // mask.sum(dim=1, keepdim=True)).clamp(max=3)

@@ -14,7 +14,8 @@ class ICAETrainingConfig(SFTConfig):
 
     Args:
         autoencoding_weight (`float`, *optional*, defaults to `0.5`):
-            Weight λ of the autoencoding loss; continuation has 1 - λ. Paper, section 2.3: 0.4 to 0.6 is best.
+            Weight λ of the autoencoding loss; continuation has 1 - λ. Paper, section 2.3: 0.4 to 0.6 is best; 1 and 0
+            are its ablations (table 5).
         continuation_length (`int`, *optional*, defaults to `32`):
             Tokens behind the context that the continuation task predicts; 0 trains autoencoding only.
     """
@@ -49,9 +50,9 @@ class ICAETrainingConfig(SFTConfig):
                 f"{self.packing} and {self.padding_free}: packed rows would share one memory, and the decoder of one "
                 "text would see the slots of another. Spans of all rows already run as one batch; leave both off."
             )
-        if not 0 < self.autoencoding_weight <= 1:
+        if not 0 <= self.autoencoding_weight <= 1:
             raise ValueError(
-                f"Expected `autoencoding_weight` in (0, 1], got {self.autoencoding_weight}; the paper's λ is 0.4 to "
+                f"Expected `autoencoding_weight` in [0, 1], got {self.autoencoding_weight}; the paper's λ is 0.4 to "
                 "0.6."
             )
         if self.continuation_length == 0:

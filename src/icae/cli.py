@@ -1,4 +1,4 @@
-"""The command `icae`: compress, reconstruct, ask, demo, pretrain, sft, evaluate, bench."""
+"""The command `icae`: compress, reconstruct, ask, demo, pretrain, sft, evaluate, bench, sweep."""
 
 import argparse
 import sys
@@ -14,6 +14,7 @@ OWN_PARSERS = {
     ("pretrain",): "icae.trainers.pretrain",
     ("sft",): "icae.trainers.sft",
     ("write-responses",): "icae.trainers.write_responses",
+    ("sweep",): "icae.evaluation.sweep",
     ("evaluate", "reconstruction"): "icae.evaluation.reconstruction",
     ("evaluate", "answers"): "icae.evaluation.answers",
     ("bench", "train"): "icae.evaluation.bench_train",
@@ -75,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("pretrain", help="pretrain from a YAML file: icae pretrain --config FILE")
     commands.add_parser("sft", help="tune on triples from a YAML file: icae sft --config FILE")
     commands.add_parser("write-responses", help="responses of the frozen base with the whole context, to tune on")
+    commands.add_parser("sweep", help="short training runs side by side, from a YAML file: icae sweep FILE")
     for name, text in (
         ("evaluate", "what slots keep: icae evaluate reconstruction | answers --data FILE"),
         ("bench", "what training costs: icae bench train"),

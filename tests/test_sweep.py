@@ -1,0 +1,108 @@
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import Dataset
+
+from icae.cli import main
+from icae.evaluation.sweep import read_sweep
+from tiny import SHORT_RUN, make_base
+
+
+ROOT = Path(__file__).parents[1]
+TEXTS = [f"Ines {number} lives in Bergen, and at ten to nine the train leaves for the north." for number in range(6)]
+
+
+@pytest.fixture
+def sweep_file(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_base().save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    Dataset.from_dict({"text": TEXTS}).to_parquet("texts.parquet")
+    (tmp_path / "shared.yaml").write_text(yaml.dump(SHORT_RUN | {"save_strategy": "no"}))
+    shared = {
+        "config": "shared.yaml",
+        "base_model": "base",
+        "dtype": "float32",
+        "span_length": 16,
+        "lora_r": 2,
+        "max_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "eval_reconstructions": 0,
+    }
+    sweep = {
+        "title": "a sweep",
+        "output": "out/sweep.json",
+        "folder": "runs",
+        "loss": "lm_loss",
+        "shared": {"pretrain": shared},
+        "runs": {
+            "both tasks": {"stage": "pretrain", "lora_target_modules": ["q_proj", "v_proj"]},
+            "continuation only": {"stage": "pretrain", "autoencoding_weight": 0},
+            "autoencoding only": {"stage": "pretrain", "continuation_length": 0, "init_from": "runs/both tasks"},
+        },
+    }
+    Path("sweep.yaml").write_text(yaml.dump(sweep, sort_keys=False))
+    return Path("sweep.yaml")
+
+
+def test_a_sweep_trains_each_run_once_and_draws_those_that_have_the_loss(sweep_file, monkeypatch):
+    commands = []
+
+    def run(command, check):
+        commands.append(command)
+        assert main(command[3:]) == 0
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr("icae.evaluation.record._git", lambda *_: None)
+    arguments = ["sweep", str(sweep_file), "--train_files", "texts.parquet", "--eval_files", "texts.parquet"]
+    assert main(arguments) == 0
+    assert main(arguments) == 0
+    assert len(commands) == 3
+    found = json.loads(Path("out/sweep.json").read_text())["runs"]
+    assert list(found) == ["both tasks", "continuation only"]  # the third has no continuation to lose
+    assert len(found["both tasks"]["lm_loss"]) == 2 and "ae_loss" not in found["continuation only"]
+    assert Path("out/sweep.png").is_file()
+    adapters = [json.loads(Path("runs", name, "adapter/adapter_config.json").read_text()) for name in found]
+    assert next(adapter["target_modules"] for adapter in adapters) == ["q_proj", "v_proj"]
+
+
+def test_runs_that_a_sweep_does_not_have_are_named(sweep_file, capsys):
+    assert main(["sweep", str(sweep_file), "--only", "neither"]) == 2
+    assert "got ['neither']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"runs": {"a": {}}}, "Expected `stage: pretrain` or `stage: sft` in the run 'a', got None"),
+        ({"loss": "f2"}, "Expected `loss` to be one of .* got 'f2'"),
+        ({"extra": 1}, "Expected a YAML file with the keys .* got .*'extra'"),
+    ],
+)
+def test_a_sweep_file_with_a_mistake_is_refused(sweep_file, change, message):
+    sweep_file.write_text(yaml.dump(yaml.safe_load(sweep_file.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        read_sweep(sweep_file)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "evaluation" / "sweeps").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_project_s_sweeps_are_understood(file):
+    from trl import TrlParser
+
+    from icae.evaluation.sweep import as_words
+    from icae.trainers import ICAEPretrainingConfig, ICAESFTConfig
+    from icae.trainers.scripts import ICAEArguments, ScriptArguments
+    from icae.trainers.sft import SFTArguments
+
+    sweep = read_sweep(file)
+    kinds = {"pretrain": (ScriptArguments, ICAEPretrainingConfig), "sft": (SFTArguments, ICAESFTConfig)}
+    for run in sweep["runs"].values():
+        script, config = kinds[run["stage"]]
+        values = {key: value for key, value in (sweep["shared"][run["stage"]] | run).items() if key != "stage"}
+        values["config"] = str(ROOT / values["config"])
+        words = [word for key, value in values.items() for word in as_words(key, value)]
+        TrlParser((script, ICAEArguments, config)).parse_args_and_config(words)
