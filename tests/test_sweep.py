@@ -6,7 +6,9 @@ import pytest
 import yaml
 from datasets import Dataset
 
+from icae import ICAEConfig, ICAEForConditionalGeneration
 from icae.cli import main
+from icae.evaluation import small_base
 from icae.evaluation.sweep import read_sweep
 from tiny import SHORT_RUN, make_base
 
@@ -106,3 +108,14 @@ def test_the_project_s_sweeps_are_understood(file):
         values["config"] = str(ROOT / values["config"])
         words = [word for key, value in values.items() for word in as_words(key, value)]
         TrlParser((script, ICAEArguments, config)).parse_args_and_config(words)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "gpt2"])
+def test_a_small_base_of_any_family_is_trained_and_can_carry_an_icae(family, tmp_path):
+    texts = [f"The {word} is on the table, and {word} is what it is." for word in ("cup", "book", "lamp", "key")] * 8
+    Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "texts.parquet")
+    command = ["--family", family, "--data", str(tmp_path / "texts.parquet"), "--output", str(tmp_path / "base")]
+    small_base.main([*command, "--vocab-size", "300", "--max-steps", "2", "--batch-size", "2"])
+    model = ICAEForConditionalGeneration.from_base(str(tmp_path / "base"), ICAEConfig(span_length=8))
+    memory = model.eval().compress("The cup is on the table.")
+    assert model.config.text_config.model_type == family and memory.num_slots[0] > 0

@@ -164,7 +164,7 @@ def test_packing_is_refused_with_the_reason(tmp_path):
 
 
 def test_a_weight_outside_its_range_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"Expected `autoencoding_weight` in \(0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"Expected `autoencoding_weight` in \[0, 1\], got 1.5"):
         ICAEPretrainingConfig(output_dir=str(tmp_path), autoencoding_weight=1.5)
 
 
