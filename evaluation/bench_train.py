@@ -14,13 +14,10 @@ Peak memory is measured with one row, each variant in a process of its own, abov
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +27,9 @@ from transformers import AutoModelForCausalLM
 
 from icae.configuration_icae import ICAEConfig
 from icae.embedded import embedded_base
+from icae.evaluation.arguments import command_line
 from icae.evaluation.record import write_record
+from icae.evaluation.timing import forget_peak, medians_in_turn, peak_bytes, timed
 from icae.modeling_icae import ICAEForConditionalGeneration
 from icae.trainers import cpu_attention  # noqa: F401  # registers the name "grouped"
 
@@ -124,34 +123,13 @@ def random_ids(arguments, vocabulary: int) -> torch.Tensor:
     return torch.randint(5, vocabulary, (arguments.batch_size, arguments.span_length), generator=generator)
 
 
-def time_in_turn(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """
-    Median seconds of each step. The steps take turns, so that a busy machine slows all of them alike; the first step
-    of each turn, which finds the caches full of another variant's weights, is not timed.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            step()
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def peak_bytes() -> int:
-    """Peak resident memory of this process. (Not from getrusage, which in a child starts at its parent's peak.)"""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
 def measure_memory(arguments) -> None:
     """Runs in a process of its own: prints the peak of a step — the second, when the optimizer has its state — above
     the libraries' footprint."""
     libraries = peak_bytes()
     step = icae_step(arguments)[0] if arguments.memory_of == "icae" else two_copies_step(arguments)
     step()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, which is that of loading files
+    forget_peak()  # which so far is that of loading files
     step()
     print(json.dumps({"peak_bytes": peak_bytes() - libraries, "libraries_bytes": libraries}))
 
@@ -204,7 +182,8 @@ def main(argv: list[str] | None = None) -> None:
         "compress_one_context": lambda: reader.compress(one_context) and None,
         "forward_one_context": lambda: forward(one_context),
     }
-    seconds = time_in_turn(steps, arguments.repeats)
+    medians = medians_in_turn({name: timed(step) for name, step in steps.items()}, arguments.repeats)
+    seconds = {name: measured["seconds"] for name, measured in medians.items()}
     one_row = {variant: memory_of(variant, arguments, 1) for variant in ("icae", "two_copies")}
     batch = memory_of("icae", arguments, arguments.batch_size)
     ratios = {
@@ -228,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
             "memory_batch": batch | {"rows": arguments.batch_size},
             "arguments": {key: value for key, value in vars(arguments).items() if key not in ("base", "memory_of")},
         },
-        command="icae bench train " + " ".join(argv or sys.argv[1:]),
+        command=command_line(parser, argv),
     )
     for name, value in ratios.items():
         print(f"{value:6.2f}  {name}")

@@ -1,8 +1,12 @@
-"""Measures of answers: token F1 and exact match as SQuAD defines them (arXiv 1606.05250), and ROUGE."""
+"""Measures of answers: token F1 and exact match as SQuAD defines them (arXiv 1606.05250), and ROUGE; intervals."""
 
+import math
 import re
 import string
 from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
 
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -38,3 +42,29 @@ def scores(answer: str, reference: str) -> dict[str, float]:
         "exact_match": exact_match(answer, reference),
         **{name: rouge[name].fmeasure for name in ROUGE},
     }
+
+
+def wilson_interval(right: float, total: int) -> list[float]:
+    """Bounds of a share with 95% confidence (Wilson's score interval; `right` may count ties as halves)."""
+    z = 1.96
+    share, spread = right / total, z / (2 * total)
+    middle, half = share + z * spread, z * math.sqrt(share * (1 - share) / total + spread**2)
+    return [(middle - half) / (1 + z * z / total), (middle + half) / (1 + z * z / total)]
+
+
+def mean_interval(values: Sequence[float], seed: int = 0, draws: int = 2000) -> list[float]:
+    """Bounds of a mean with 95% confidence (percentile bootstrap over the values)."""
+    numbers = np.asarray(values)
+    means = np.random.default_rng(seed).choice(numbers, (draws, len(numbers))).mean(axis=1)
+    return [float(bound) for bound in np.quantile(means, (0.025, 0.975))]
+
+
+def exact_prefix(written: Sequence[int], context: Sequence[int]) -> float:
+    """Share of a context that stands before the first wrong token of what was written (the paper's "EM")."""
+    same = [left == right for left, right in zip(written, context, strict=False)]
+    return (same.index(False) if False in same else len(same)) / len(context)
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean."""
+    return sum(values) / len(values)

@@ -1,67 +1,171 @@
 """
-`icae evaluate reconstruction --data FILE.parquet`: how much of held-out text comes back from its slots.
+`icae evaluate reconstruction --data FILE`: how much of held-out text comes back from its slots (paper, 3.3.1).
 
-The measures of the pretraining trainer — loss, accuracy, BLEU, exactly matching prefix, continuation, and the control
-with another text's slots — for one or several checkpoints on the same samples.
+For one or several checkpoints on the same windows: loss and teacher-forced accuracy of autoencoding, the loss of the
+text that follows, both losses with another text's slots as the control, and, of what is really written out, BLEU and
+the share of the context before the first wrong token (the paper's "EM"). By context length, by source, and for text
+that a language model cannot guess (paper, table 3): `patterned`, every token id raised by one, and `random` token ids.
 """
 
-import argparse
-import tempfile
-from pathlib import Path
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import Any
 
-from datasets import load_dataset
+import numpy as np
+import torch
+from sacrebleu.metrics import BLEU
+from tqdm.auto import tqdm
 
-from icae.cli import load_model
-from icae.evaluation.record import write_record
-from icae.trainers import ICAEPretrainingConfig, ICAEPretrainingTrainer
+from icae.evaluation.arguments import Parts, evaluation_parser, finish, named_models, parse
+from icae.evaluation.documents import (
+    Window,
+    add_document_arguments,
+    add_window_arguments,
+    batches,
+    cut_windows,
+    load_documents,
+    split_window,
+)
+from icae.evaluation.measures import exact_prefix, mean, mean_interval
+from icae.modeling_icae import ICAEForConditionalGeneration
+
+
+QUICK = {"lengths": [64], "target_length": 16, "per_source": 1, "written_per_source": 1, "altered_length": 64}
+DEFAULTS = {"lengths": [64, 128, 256, 512], "target_length": 32, "per_source": 4, "batch_size": 8}
+TASKS = {"ae": "autoencoding", "lm": "continuation"}
+Row = dict[str, Any]
+
+
+def alter(windows: list[Window], kind: str, tokenizer, seed: int) -> list[Window]:
+    """The windows as they are (`normal`), with every id raised by one (`patterned`), or with ids drawn at random."""
+    words = np.array(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
+    rng = np.random.default_rng(seed)
+    changes: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "normal": lambda ids: ids,
+        "patterned": lambda ids: words[(np.searchsorted(words, ids) + 1) % len(words)],
+        "random": lambda ids: rng.choice(words, len(ids)),
+    }
+    return [window | {"ids": changes[kind](np.array(window["ids"])).tolist()} for window in windows]
+
+
+@torch.no_grad()
+def read_back(
+    model: ICAEForConditionalGeneration, windows: list[Window], length: int, target_length: int
+) -> list[Row]:
+    """Losses and accuracies of a batch of windows, each read from its own slots and from those of the next one."""
+    pairs = [split_window(window, length, target_length) for window in windows]
+    ids, follows = (torch.tensor(part, device=model.memory_embeddings.device) for part in zip(*pairs, strict=True))
+    memory = model.compress(ids)
+    own = model(context_ids=ids, continuation_ids=follows, memory=memory)
+    other = model(context_ids=ids, continuation_ids=follows, memory=memory[[*range(1, len(memory)), 0]])
+    rows = []
+    for index, window in enumerate(windows):
+        row: Row = {"source": window["source"], "slots": int(memory.num_slots[index])}
+        for short, task in TASKS.items():
+            row[f"{short}_loss"] = own.token_losses[task][index].mean().item()
+            row[f"{short}_loss_other_text"] = other.token_losses[task][index].mean().item()
+            row[f"{short}_accuracy"] = own.token_correct[task][index].float().mean().item()
+        rows.append(row)
+    return rows
+
+
+def write_out(
+    model: ICAEForConditionalGeneration, windows: list[Window], length: int, target_length: int
+) -> list[Row]:
+    """What is really written from the slots of a batch of windows, beside what should be."""
+    contexts = [split_window(window, length, target_length)[0] for window in windows]
+    output = model.generate(contexts, task="autoencoding", max_new_tokens=length + 1, do_sample=False).tolist()
+    decode = model.tokenizer.batch_decode
+    texts = zip(decode(output, skip_special_tokens=True), decode(contexts, skip_special_tokens=True), strict=True)
+    return [
+        {"source": window["source"], "exact_prefix": exact_prefix(ids, context), "written": written, "text": text}
+        for window, ids, context, (written, text) in zip(windows, output, contexts, texts, strict=True)
+    ]
+
+
+def evaluate(model: ICAEForConditionalGeneration, windows: list[Window], length: int, arguments) -> list[Row]:
+    """The rows of all windows, and of the first ones of each source also what is written out."""
+    sizes, seen, chosen = (length, arguments.target_length), Counter[str](), []
+    for window in windows:
+        seen[window["source"]] += 1
+        if seen[window["source"]] <= arguments.written_per_source:
+            chosen.append(window)
+    rows = [row for batch in batches(windows, arguments.batch_size) for row in read_back(model, batch, *sizes)]
+    return rows + [row for batch in batches(chosen, arguments.batch_size) for row in write_out(model, batch, *sizes)]
+
+
+def summarize(rows: list[Row]) -> dict[str, Any]:
+    """Means over rows, an interval of the main one, and BLEU of all that was written out (0 to 1)."""
+    values = defaultdict(list)
+    for row in rows:
+        for key, value in row.items():
+            if isinstance(value, float):
+                values[key].append(value)
+    summary: dict[str, Any] = {key: mean(found) for key, found in values.items()}
+    summary |= {"ae_loss_interval": mean_interval(values["ae_loss"]), "rows": len(values["ae_loss"])}
+    if written := [row for row in rows if "written" in row]:
+        score = BLEU().corpus_score([row["written"] for row in written], [[row["text"] for row in written]])
+        summary |= {"bleu": score.score / 100, "written": len(written)}
+    return summary
+
+
+def summarize_by(key: str, rows: list[Row]) -> dict[str, Any]:
+    """A summary for each value of `key`."""
+    values = dict.fromkeys(row[key] for row in rows)
+    return {str(value): summarize([row for row in rows if row[key] == value]) for value in values}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="How much of held-out text comes back from its slots.")
-    parser.add_argument("--data", required=True, help="Parquet file of documents (column `text`)")
-    parser.add_argument("--models", nargs="+", metavar="NAME=FOLDER", help="ICAEs (default: the embedded checkpoint)")
-    parser.add_argument("--base", help="their base, if not where the ICAE says")
-    parser.add_argument("--samples", type=int, default=48)
-    parser.add_argument("--reconstructions", type=int, default=16, help="samples that are really written out")
-    parser.add_argument("--max-spans", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("results/reconstruction.json"))
-    arguments = parser.parse_args(argv)
-    results = {}
-    for model_name in arguments.models or ["embedded="]:
-        name, _, folder = model_name.rpartition("=")
-        model = load_model(folder or None, arguments.base, "bfloat16", is_trainable=True)
-        documents = load_dataset("parquet", data_files=arguments.data, split="train")
-        with tempfile.TemporaryDirectory() as output_dir:
-            config = ICAEPretrainingConfig(
-                output_dir=output_dir,
-                max_spans=arguments.max_spans,
-                eval_reconstructions=arguments.reconstructions,
-                per_device_eval_batch_size=arguments.batch_size,
-                seed=arguments.seed,
-                report_to="none",
+    parser = evaluation_parser(
+        "evaluate reconstruction", "How much of held-out text comes back from its slots.", several_models=True
+    )
+    add_document_arguments(parser)
+    add_window_arguments(parser)
+    parser.add_argument("--written-per-source", type=int, default=2, help="windows of each that are written out")
+    parser.add_argument("--altered-length", type=int, default=128, help="context tokens of altered text; 0: none")
+    parser.set_defaults(**DEFAULTS)
+    arguments = parse(parser, argv, QUICK)
+    documents, about = load_documents(arguments)
+    lengths, altered = arguments.lengths, arguments.altered_length
+    if altered not in (0, *lengths):
+        raise ValueError(f"Expected `--altered-length` to be 0 or one of the `--lengths` {lengths}, got {altered}.")
+    cells = [("normal", length) for length in lengths]
+    cells += [(kind, altered) for kind in ("patterned", "random") if altered]
+    longest = max(lengths) + arguments.target_length
+    parts = Parts(arguments)
+    results: dict[str, Any] = {}
+    for name, model in named_models(arguments):
+        windows = cut_windows(documents, model.tokenizer, longest, arguments.per_source, arguments.seed)
+        rows = []
+        for kind, length in tqdm(cells, desc=name):
+            found = parts(
+                lambda: evaluate(model, alter(windows, kind, model.tokenizer, arguments.seed), length, arguments),  # noqa: B023
+                kind=kind,
+                length=length,
+                weights=model.fingerprint,
+                data=about,
             )
-            trainer = ICAEPretrainingTrainer(model, config, documents, documents)
-            samples = trainer.eval_dataset.shuffle(seed=arguments.seed).take(arguments.samples)
-            trainer.evaluate(samples)
-        found = trainer.state.log_history[-1]
-        skipped = ("runtime", "per_second", "num_tokens", "eval_loss", "preparation_time")
-        results[name or folder] = {
-            key.removeprefix("eval_"): value
-            for key, value in found.items()
-            if key.startswith("eval_") and not key.endswith(skipped)
+            rows += [row | {"kind": kind, "length": length} for row in found]
+        normal = [row for row in rows if row["kind"] == "normal"]
+        results[name] = summarize(normal) | {
+            "slots": {row["length"]: row["slots"] for row in normal if "slots" in row},
+            "by_length": summarize_by("length", normal),
+            "by_source": summarize_by("source", normal),
+            "by_text": summarize_by("kind", [row for row in rows if row["length"] == altered]),
         }
-        tokens = sum(len(ids) for ids in samples["context_ids"])
     record = {
-        "what": "held-out text from its slots",
-        "context_tokens": tokens,
-        "arguments": vars(arguments) | {"output": str(arguments.output)},
+        "what": "held-out text from its slots, beside another text's slots",
+        "unit": "nats per token; shares; BLEU of 0 to 1; intervals of 95%, bootstrap over windows",
+        "data": about,
+        "rows": len(windows) * len(lengths),
+        "context_tokens": len(windows) * sum(lengths),
         "models": results,
     }
-    write_record(arguments.output, record)
-    for name, row in results.items():
-        print(name, "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
+    finish(parser, argv, arguments, parts, record)
+    for name, summary in results.items():
+        for length, row in summary["by_length"].items():
+            shown = [f"{key} {value:.3f}" for key, value in row.items() if isinstance(value, float)]
+            print(f"{name}, {length} tokens:", "  ".join(shown))
 
 
 if __name__ == "__main__":

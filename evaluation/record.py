@@ -20,7 +20,7 @@ def write_record(path: str | Path, numbers: dict[str, Any], *, command: str | No
     """Writes `numbers` and how they came to be — commit, command, versions, hardware, date — to a JSON file."""
     record = numbers | {
         "made_by": {
-            "commit": _git("rev-parse", "HEAD"),
+            "commit": current_commit(),
             "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
             "command": command or " ".join(["python -m", *_command()]),
             "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -30,6 +30,11 @@ def write_record(path: str | Path, numbers: dict[str, Any], *, command: str | No
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def current_commit() -> str | None:
+    """The commit that this package is at; `None` where it is no git checkout."""
+    return _git("rev-parse", "HEAD")
 
 
 def hardware() -> dict[str, Any]:

@@ -17,7 +17,11 @@ from tiny import make_base
 
 TRIPLES = Dataset.from_dict(
     {
-        "context": [f"The {color} cat sat on mat number {number}." for number in range(3) for color in ("red", "tan")],
+        "context": [
+            f"It was late. The {color} cat sat on mat number {number}."
+            for number in range(3)
+            for color in ("red", "tan")
+        ],
         "prompt": ["Which cat?"] * 6,
         "response": ["red", "the tan cat that sat on the mat and did not move at all"] * 3,
         "source": ["short", "long"] * 3,
@@ -63,7 +67,7 @@ def test_full_context_truncation_and_no_context_read_what_they_say(saved):
     row = rows[0]
     assert number_of_slots(model, row["context_ids"]) == int(model.compress(row["context"]).num_slots)
     reader = TokenReader(model.language_model, model, lambda ids: ids[:3])
-    text = model.tokenizer.decode(reader._inputs([row])[0])
+    text = model.tokenizer.decode(reader.inputs([row])[0])
     assert text == f"<s><|im_start|>user\n{row['context'][:3]}\n\nWhich cat?<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -107,22 +111,23 @@ def test_icae_evaluate_answers_writes_every_condition_with_its_controls(saved):
     arguments += ["--per-source", "2", "--max-new-tokens", "4", "--output", str(saved / "answers.json")]
     assert main(["evaluate", "answers", *arguments]) == 0
     record = json.loads((saved / "answers.json").read_text())
-    names = ["full context", "full context, tuned", "icae", "no context", "truncated context", "untrained slots"]
-    assert sorted(record["summary"]) == names and record["rows"] == 4
+    names = ["full context", "full context, tuned", "icae", "no context", "retrieved sentences", "summary"]
+    assert sorted(record["summary"]) == [*names, "truncated context", "untrained slots"] and record["rows"] == 4
     assert record["by_source"]["icae"]["long"]["rows"] == 2
     losses = {name: row["loss"] for name, row in record["summary"].items()}
-    assert len(set(losses.values())) == 6  # each condition is another one
+    assert len(set(losses.values())) == 8  # each condition is another one
 
 
 def test_icae_evaluate_reconstruction_measures_checkpoints_on_the_same_text(saved):
     texts = Dataset.from_dict({"text": [row["context"] * 3 for row in TRIPLES]})
     texts.to_parquet(saved / "texts.parquet")
     arguments = ["--data", str(saved / "texts.parquet"), "--models", f"first={saved / 'icae'}", str(saved / "icae")]
-    arguments += ["--samples", "4", "--reconstructions", "2", "--output", str(saved / "reconstruction.json")]
+    arguments += ["--lengths", "16", "--target-length", "4", "--altered-length", "0", "--per-source", "4"]
+    arguments += ["--batch-size", "2", "--output", str(saved / "reconstruction.json")]
     assert main(["evaluate", "reconstruction", *arguments]) == 0
     record = json.loads((saved / "reconstruction.json").read_text())
     first, second = record["models"].values()
-    assert list(record["models"]) == ["first", str(saved / "icae")]
+    assert list(record["models"]) == ["first", "icae"]
     assert first == second and {"ae_loss", "ae_loss_other_text", "bleu", "exact_prefix", "lm_loss"} <= set(first)
 
 

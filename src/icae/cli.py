@@ -1,4 +1,4 @@
-"""The command `icae`: compress, reconstruct, ask, demo, pretrain, sft, evaluate, bench, sweep."""
+"""The command `icae`: compress, reconstruct, ask, demo, pretrain, sft, evaluate, bench, push, card, convert."""
 
 import argparse
 import sys
@@ -14,10 +14,18 @@ OWN_PARSERS = {
     ("pretrain",): "icae.trainers.pretrain",
     ("sft",): "icae.trainers.sft",
     ("write-responses",): "icae.trainers.write_responses",
+    ("push",): "icae.hub_upload.command",
     ("sweep",): "icae.evaluation.sweep",
+    ("card",): "icae.model_cards.card",
+    ("convert",): "icae.hub_upload.convert",
     ("evaluate", "reconstruction"): "icae.evaluation.reconstruction",
+    ("evaluate", "continuation"): "icae.evaluation.continuation",
     ("evaluate", "answers"): "icae.evaluation.answers",
+    ("evaluate", "judge"): "icae.evaluation.judge",
+    ("evaluate", "probes"): "icae.evaluation.probes",
+    ("report",): "icae.evaluation.report",
     ("bench", "train"): "icae.evaluation.bench_train",
+    ("bench", "generate"): "icae.evaluation.bench_generate",
 }
 
 
@@ -77,9 +85,13 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("sft", help="tune on triples from a YAML file: icae sft --config FILE")
     commands.add_parser("write-responses", help="responses of the frozen base with the whole context, to tune on")
     commands.add_parser("sweep", help="short training runs side by side, from a YAML file: icae sweep FILE")
+    commands.add_parser("report", help="one page of all results, with plots")
+    commands.add_parser("push", help="put a checkpoint on the Hub: icae push CHECKPOINT ORG/NAME")
+    commands.add_parser("card", help="write the model card of a saved ICAE: icae card FOLDER")
+    commands.add_parser("convert", help="official ICAE releases into this layout: icae convert FILE --base BASE")
     for name, text in (
-        ("evaluate", "what slots keep: icae evaluate reconstruction | answers --data FILE"),
-        ("bench", "what training costs: icae bench train"),
+        ("evaluate", "what slots keep: icae evaluate reconstruction | continuation | answers | judge | probes"),
+        ("bench", "what training and answering cost: icae bench train | generate"),
     ):
         kinds = [words[1] for words in OWN_PARSERS if words[0] == name]
         commands.add_parser(name, help=text).add_argument("what", choices=kinds)

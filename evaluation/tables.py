@@ -1,0 +1,279 @@
+"""What the files in `results/` say, in Markdown: for the README and for `icae report`."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+
+Record = dict[str, Any]
+ANSWERS = {  # measures of answers, and the heads of their columns
+    "loss": "loss of the reference",
+    "f1": "token F1",
+    "f1_share_of_full_context": "of full context",
+    "short_f1": "short: F1",
+    "short_exact_match": "exact match",
+    "long_rougeL": "long: ROUGE-L",
+}
+ENDS = {"f1": "f1_interval", "f1_share_of_full_context": "f1_share_interval"}
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(re.sub(r"(?<=\|)  (?=\|)", " ", f"| {' | '.join(line)} |") for line in lines)
+
+
+def with_interval(value: float, bounds: list[float] | None, form: str = "{:.2f}") -> str:
+    """A number and, where it is known, its interval."""
+    return form.format(value) + (f" [{', '.join(map(form.format, bounds))}]" if bounds else "")
+
+
+def embedded(record: Record) -> str:
+    """What the checkpoints reconstruct."""
+    arguments = record["arguments"]
+    contexts = f"1 to {arguments['max_spans']} spans" if "max_spans" in arguments else _lengths(arguments["lengths"])
+    control = "another text's slots"
+    losses = table(
+        ("", "autoencoding loss", control, "accuracy", "BLEU", "continuation loss", control),
+        (
+            [
+                name,
+                f"{row['ae_loss']:.2f}",
+                f"{row['ae_loss_other_text']:.1f}",
+                f"{row['ae_accuracy']:.1%}",
+                f"{row['bleu']:.2f}",
+                f"{row['lm_loss']:.2f}",
+                f"{row['lm_loss_other_text']:.2f}",
+            ]
+            for name, row in record["models"].items()
+        ),
+    )
+    return f"""\
+**The embedded checkpoint** (SmolLM2-135M-Instruct, 4x, trained on one CPU core) on held-out text of all kinds,
+{record["context_tokens"]:,} tokens in contexts of {contexts}
+([reconstruction.json](results/reconstruction.json); learning curves: [first](results/embedded.png),
+[second](results/embedded-2.png) run, [tuning](results/sft.png)):
+
+{losses}
+
+Losses in nats per token, accuracy teacher-forced, BLEU of the text that is really written out.
+"""
+
+
+def lengths(record: Record) -> str:
+    """What comes back by context length, and of text that cannot be guessed."""
+    head = ("", "context", "slots", "loss", "another text's slots", "accuracy", "exact prefix", "BLEU")
+
+    def row(name: str, context: str, slots: str, found: Record) -> list[str]:
+        measures = [f"{found['ae_loss']:.2f}", f"{found['ae_loss_other_text']:.1f}", f"{found['ae_accuracy']:.1%}"]
+        written = [f"{found['exact_prefix']:.0%}", f"{found['bleu']:.2f}"] if "bleu" in found else ["–", "–"]
+        return [name, context, slots, *measures, *written]
+
+    rows = []
+    for name, model in record["models"].items():
+        for length, found in model.get("by_length", {}).items():
+            rows.append(row(name, f"{length} tokens", str(model["slots"][length]), found))
+        for kind, found in model.get("by_text", {}).items():
+            rows.append(row(name, f"{record['arguments']['altered_length']}, {kind} text", "", found))
+    return table(head, rows) + "\n"
+
+
+def continuation(record: Record) -> str:
+    """How well text goes on from slots."""
+    rows = []
+    for name, lengths in record["models"].items():
+        for length, found in lengths.items():
+            conditions = {condition: row for condition, row in found.items() if condition != "slots"}
+            icae = conditions["icae"]
+            rows.append(
+                [
+                    f"{name}, {length} → {found['slots']}",
+                    *(f"{row['perplexity']:.2f}" for row in conditions.values()),
+                    with_interval(
+                        icae["perplexity_increase_percent"], icae["perplexity_increase_percent_interval"], "{:+.0f}%"
+                    ),
+                ]
+            )
+    return f"""\
+**How text goes on**: perplexity of the {record["arguments"]["target_length"]} tokens behind a context, the same
+{record["target_tokens"]:,} targets at every length ([continuation.json](results/continuation.json)):
+
+{table(["tokens → slots", *conditions, "slots above full context"], rows)}
+
+"Last tokens" are as many as there are slots. Intervals hold 95%.
+"""
+
+
+def answers(record: Record) -> str:
+    """Answers to held-out prompts."""
+    rows = [
+        [name, *(with_interval(row[key], row.get(ENDS.get(key, ""))) if key in row else "–" for key in ANSWERS)]
+        for name, row in record["summary"].items()
+    ]
+    intervals = " Intervals hold 95%." if "f1_interval" in record["summary"]["icae"] else ""
+    reads = "The frozen base reads the full, the truncated (as many tokens as there are slots) and no context"
+    if "summary" in record["summary"]:
+        reads = (
+            "The frozen base reads the full context or none, or in as many tokens as there are slots the first of\n"
+            "the context, a summary that it wrote itself, or the sentences that fit the prompt best (BM25)"
+        )
+    if tools := [name for name in ("LLMLingua", "kvpress") if name in record["summary"]]:
+        reads += f",\nor what {' and '.join(tools)} leave of it"
+    return f"""\
+**Answers from the slots**: {record["rows"]} held-out prompts of {len(record["by_source"]["icae"])} sources,
+{record["context_tokens"]:,} context tokens in {record["slots"]:,} slots ([answers.json](results/answers.json)):
+
+{table(["answers from", *ANSWERS.values()], rows)}
+
+{reads}; "tuned" is a LoRA of
+the same size, tuned on data of the same kind with the full context ([how long](results/README.md)).{intervals}
+"""
+
+
+def by_source(record: Record) -> str:
+    """Token F1 of each source."""
+    found = record["by_source"]
+    rows = [
+        [source, str(row["rows"]), *(f"{sources[source]['f1']:.2f}" for sources in found.values())]
+        for source, row in found["icae"].items()
+    ]
+    return table(["token F1", "rows", *found], rows) + "\n"
+
+
+def examples(record: Record) -> str:
+    """One prompt of each source with all answers."""
+    parts = []
+    for source, example in record.get("examples", {}).items():
+        given = {"reference": example["reference"], **example["answers"]}
+        parts.append(f"*{source}*: {_in_line(example['prompt'])}\n\n" + table(("", ""), _texts(given)))
+    if not parts:
+        return ""
+    summary = "<summary>One prompt of each source with all answers</summary>"
+    return "\n\n".join([f'<details markdown="1">\n{summary}', *parts, "</details>\n"])
+
+
+def judge(record: Record) -> str:
+    """Wins and losses in the eyes of a judge."""
+    rows = [
+        [
+            name,
+            f"{row['win']:.1%}",
+            f"{row['lose']:.1%}",
+            f"{row['tie']:.1%}",
+            with_interval(row["on_par"], row["on_par_interval"], "{:.1%}"),
+            "–" if row["win_to_lose"] is None else f"{row['win_to_lose']:.1f}",
+            "–" if row["both_orders_agree"] is None else f"{row['both_orders_agree']:.0%}",
+        ]
+        for name, row in record["against"].items()
+    ]
+    return f"""\
+**In the eyes of a judge** ({record["judge"]}, {record["rows"]} prompts, each pair in both orders;
+[judge.json](results/judge.json)):
+
+{table(["slots against", "win", "lose", "tie", "on par", "win : lose", "both orders agree"], rows)}
+"""
+
+
+def probes(record: Record) -> str:
+    """Which facts survive."""
+    rows = []
+    for name, model in record["models"].items():
+        for reading, kinds in model["readers"].items():
+            rows.append([f"{name}, {reading}", *(f"{row['accuracy']:.0%}" for row in kinds.values())])
+    (low, high) = next(iter(record["models"].values()))["readers"]["icae"]["all"]["interval"]
+    return f"""\
+**Which facts survive**: is the true answer likelier than the same with another value? {record["texts"]} generated
+texts, chance is 50% ([probes.json](results/probes.json)):
+
+{table(["", *kinds], rows)}
+
+The 95% interval of the first number for all kinds reaches from {low:.0%} to {high:.0%}.
+"""
+
+
+def answering(record: Record) -> str:
+    """What an answer costs, as ratios."""
+    columns = {
+        f"{cell['batch']} × {cell['context_tokens']:,}, {name}": ratios
+        for cell in record["cells"]
+        for name, ratios in cell["ratios"].items()
+    }
+    names = dict.fromkeys(name for ratios in columns.values() for name in ratios)
+
+    def show(value: float | None) -> str:
+        return "never" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"
+
+    rows = [[name, *(show(ratios[name]) if name in ratios else "–" for ratios in columns.values())] for name in names]
+    hardware = record["made_by"]["hardware"]
+    machine = hardware["accelerator"] or f"{hardware['torch_threads']} CPU threads"
+    return f"""\
+**What answering costs** (`icae bench generate`, ratios to the full context within one run on {machine}; rows × context
+tokens, {record["arguments"]["new_tokens"]} new tokens, {record["attention"]} on both sides;
+[bench_generate.json](results/bench_generate.json)):
+
+{table(["", *columns], rows)}
+"""
+
+
+def layouts(record: Record) -> str:
+    """Layouts and memory types at equal tokens."""
+    rows = [
+        [
+            f"`{run['config']['memory_type']}`",
+            run["config"]["encoder_layout"],
+            f"{run['ae_loss'][-1]:.2f}",
+            f"{run['ae_loss_other_text'][-1]:.2f}",
+            f"{run['ae_accuracy'][-1]:.1%}",
+        ]
+        for run in record["runs"].values()
+    ]
+    tokens = next(iter(record["runs"].values()))["context_tokens"][-1]
+    return f"""\
+**What leaves the plateau**: the same base, 64-token spans to 16 slots, autoencoding only, {tokens / 1e3:.0f} k
+context tokens each (`make comparison`; [curves](results/layouts.png)):
+
+{table(["memory", "layout", "autoencoding loss", "with another text's slots", "accuracy"], rows)}
+"""
+
+
+def runs(record: Record) -> str:
+    """Where training runs ended."""
+    measured = dict.fromkeys(key for run in record["runs"].values() for key in run)
+    columns = [key for key in measured if key not in ("config", "context_tokens")]
+    rows = [
+        [
+            name,
+            f"{run['context_tokens'][-1] / 1e3:,.0f} k",
+            *(f"{run[key][-1]:.3g}" if key in run else "–" for key in columns),
+        ]
+        for name, run in record["runs"].items()
+    ]
+    return table(["at the end", "context tokens", *(column.replace("_", " ") for column in columns)], rows) + "\n"
+
+
+def costs(record: Record) -> str:
+    """What a training step costs, as ratios."""
+    rows = [[name, f"{value:.2f}x"] for name, value in record["ratios"].items()]
+    hardware = record["made_by"]["hardware"]
+    return f"""\
+**What training costs** (`icae bench train`, ratios within one run on {hardware["torch_threads"]} CPU threads,
+{record["memory_batch"]["rows"]} rows of {record["arguments"]["span_length"]} tokens a step; two copies: a plain loop
+with two copies of the base and all logits, one row at a time, as the official code trains):
+
+{table(("", ""), rows)}
+"""
+
+
+def _lengths(lengths: list[int]) -> str:
+    return f"{', '.join(map(str, lengths[:-1]))} and {lengths[-1]} tokens" if lengths[1:] else f"{lengths[0]} tokens"
+
+
+def _in_line(text: str) -> str:
+    """A text from outside as part of a line: its letters mean nothing in Markdown or HTML."""
+    escaped = "".join(f"&#{ord(letter)};" if letter in r"\`*_{}[]<>()#+-!|&~$:" else letter for letter in text)
+    return " ".join(escaped.split())
+
+
+def _texts(named: dict[str, str]) -> list[list[str]]:
+    return [[name, _in_line(text) or "*nothing*"] for name, text in named.items()]

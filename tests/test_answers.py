@@ -1,0 +1,227 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from icae import ICAEForConditionalGeneration
+from icae.cli import main
+from icae.evaluation import answers
+from icae.evaluation.answer_files import AnswerFile, read_lines
+from icae.evaluation.answers import choose_rows, draw_means, fill, measure, summarize
+from icae.evaluation.readers import RetrievalReader, SummaryReader, TokenReader, number_of_slots, split_sentences
+from tiny import make_base
+
+
+CONTEXT = "Ann lives in Rome. Bob has two dogs.\nHe likes {food}. Cleo paints the old sea! Who knows why?"
+TRIPLES = Dataset.from_dict(
+    {
+        "context": [CONTEXT.format(food=food) for food in ("rice", "figs", "soup", "corn")],
+        "prompt": ["What does Cleo paint?", "Where does Ann live?"] * 2,
+        "response": ["the sea", "in Rome, which is a town of which one says that it was not built in a day"] * 2,
+        "source": ["short", "long"] * 2,
+    }
+)
+
+
+@pytest.fixture
+def saved(make_icae, tokenizer, tmp_path):
+    make_base().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    make_icae(base=AutoModelForCausalLM.from_pretrained(tmp_path / "base")).save_pretrained(tmp_path / "icae")
+    TRIPLES.to_parquet(tmp_path / "data.parquet")
+    return tmp_path
+
+
+@pytest.fixture
+def model(saved):
+    return ICAEForConditionalGeneration.from_pretrained(saved / "icae")
+
+
+@pytest.fixture
+def rows(saved, model):
+    return choose_rows(str(saved / "data.parquet"), 2, 200, 0, model)
+
+
+# -------------------------------------------------------------------------------------------------------- comparators
+
+
+def test_sentences_and_lines_together_are_the_text():
+    sentences = split_sentences(CONTEXT)
+    assert "".join(sentences) == CONTEXT
+    assert [sentence.split()[0] for sentence in sentences] == ["Ann", "Bob", "He", "Cleo", "Who"]
+
+
+def test_the_sentences_that_fit_the_prompt_are_found_and_stand_in_their_order_within_the_budget(model, rows):
+    reader = RetrievalReader(model.language_model, model)
+    row = next(row for row in rows if row["source"] == "short")
+    budget = number_of_slots(model, row["context_ids"])
+    (ids,) = reader.contexts([row])
+    assert model.tokenizer.decode(ids) == " Cleo paints the old sea!"[:budget] and len(ids) == budget
+    both = reader.retrieve(row | {"prompt": "Cleo, Ann", "context_ids": row["context_ids"] * 2})
+    assert model.tokenizer.decode(both) == "Ann lives in Rome. Bo Cleo paints the old sea!"
+    everything = reader.retrieve(row | {"context_ids": row["context_ids"] * 9})
+    assert everything == row["context_ids"]
+
+
+def test_a_context_without_words_can_be_searched(model, rows):
+    ids = RetrievalReader(model.language_model, model).retrieve(rows[0] | {"context": "... !!!", "prompt": "?"})
+    assert model.tokenizer.decode(ids) == "... !!!"
+
+
+def test_a_summary_is_written_once_for_each_context_before_the_prompt_is_known_and_cut_to_the_budget(model, rows):
+    reader = SummaryReader(model.language_model, model)
+    asked = []
+    write = reader.writer.answer_ids
+    reader.writer.answer_ids = lambda tasks, length: asked.extend(tasks) or write(tasks, length)
+    other_prompt = rows[0] | {"prompt_ids": rows[1]["prompt_ids"][:-1]}
+    summaries = reader.contexts([*rows, other_prompt])
+    assert reader.contexts(rows) == summaries[:-1] and summaries[-1] == summaries[0]
+    assert len(asked) == len({tuple(row["context_ids"]) for row in rows})
+    assert "Summarize the text above" in model.tokenizer.decode(reader.writer.inputs(asked[:1])[0])
+    budgets = [number_of_slots(model, row["context_ids"]) for row in rows]
+    assert all(0 < len(summary) <= budget for summary, budget in zip(summaries, budgets, strict=False))
+    alone = SummaryReader(model.language_model, model).contexts(rows[:1])
+    assert alone == summaries[:1]
+
+
+def test_answers_are_the_written_tokens_up_to_the_end_token(model, rows):
+    reader = TokenReader(model.language_model, model, lambda ids: ids)
+    ids = reader.answer_ids(rows, 6)
+    assert reader.answers(rows, 6) == model.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    model.config.text_config.eos_token_id = ids[0][2]
+    first = ids[0].index(ids[0][2])
+    assert reader.answer_ids(rows, 6)[0] == ids[0][:first]
+
+
+# ----------------------------------------------------------------------------------------------------------- resuming
+
+
+def command(saved, *more):
+    data, output = str(saved / "data.parquet"), str(saved / "out" / "answers.json")
+    options = ["--model", str(saved / "icae"), "--data", data, "--max-new-tokens", "3", "--batch-size", "2"]
+    return ["evaluate", "answers", *options, "--dtype", "float32", "--output", output, *more]
+
+
+def test_what_is_answered_is_not_computed_again_after_an_interruption(saved, monkeypatch):
+    seen, losses, measured = [], TokenReader.losses, {}
+
+    def count(reader, rows):
+        seen.extend(row["row"] for row in rows)
+        if len(seen) == 6:
+            raise ValueError("interrupted")
+        return losses(reader, rows)
+
+    monkeypatch.setattr(TokenReader, "losses", count)
+    assert main(command(saved)) == 2  # in the second batch of the truncated context
+    assert not (saved / "out" / "answers.json").exists()
+    first = list(seen)
+    for _ in range(2):
+        assert main(command(saved)) == 0
+        record = json.loads((saved / "out" / "answers.json").read_text())
+        measured.setdefault("summary", record["summary"])
+        assert record["summary"] == measured["summary"]
+    # Of five readers of tokens with four rows each, the interrupted batch is the only one that is read twice.
+    assert len(first) == 6 and len(seen) == 5 * 4 + 2
+    in_one_go = saved / "in one go" / "answers.json"
+    assert main([*command(saved), "--output", str(in_one_go)]) == 0
+    assert json.loads(in_one_go.read_text())["summary"] == measured["summary"]
+
+
+def test_more_rows_keep_those_that_are_answered(saved, monkeypatch):
+    assert main(command(saved, "--per-source", "1")) == 0
+    path = saved / "out" / "answers" / "icae.jsonl"
+    before = path.read_text()
+    assert main(command(saved, "--per-source", "2")) == 0
+    assert path.read_text().startswith(before) and len(read_lines(path)) == 1 + 4
+
+
+def test_another_checkpoint_is_answered_anew_and_the_baselines_are_not(saved, model, capsys):
+    assert main(command(saved)) == 0
+    with torch.no_grad():
+        model.memory_embeddings.add_(0.1)
+    model.save_pretrained(saved / "icae")
+    assert main(command(saved)) == 2
+    assert "icae.jsonl' answers made from" in capsys.readouterr().err
+    files = saved / "out" / "answers"
+    (files / "icae.jsonl").unlink()
+    times = {path.name: path.stat().st_mtime_ns for path in files.iterdir()}
+    assert main(command(saved)) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in files.iterdir() if path.name in times} == times
+
+
+def test_half_a_line_of_a_killed_run_is_removed(tmp_path):
+    file = AnswerFile(tmp_path / "a.jsonl", {"reader": "a", "data": "d"})
+    file.add([{"row": 3, "answer": "two\nlines"}, {"row": 5, "answer": "\u2028"}])
+    whole = (tmp_path / "a.jsonl").read_text()
+    for cut in (whole + '{"row": 7, "ans', whole):
+        (tmp_path / "a.jsonl").write_text(cut)
+        again = AnswerFile(tmp_path / "a.jsonl")
+        assert again.name == "a" and again.rows == file.rows
+        assert (tmp_path / "a.jsonl").read_text() == whole
+
+
+def test_a_missing_file_of_answers_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"Expected a file of answers, got .*a\.jsonl.*missing or empty"):
+        AnswerFile(tmp_path / "a.jsonl")
+
+
+def test_a_batch_with_one_row_missing_is_answered_as_before(model, rows, tmp_path):
+    file = AnswerFile(tmp_path / "a.jsonl", {"reader": "a"})
+    reader = TokenReader(model.language_model, model, lambda ids: ids)
+    fill(file, lambda: reader, rows, 3, 4)
+    whole = dict(file.rows)
+    del file.rows[rows[1]["row"]]
+    fill(file, lambda: reader, rows, 3, 4)
+    assert file.rows == whole
+
+
+# ---------------------------------------------------------------------------------------------------------- intervals
+
+
+def values(**readers):
+    return {name: {"s": found, "t": [0.5] * 4} for name, found in readers.items()}
+
+
+def test_intervals_are_of_the_mean_over_sources_and_paired_over_rows():
+    full = [0.2, 0.4, 0.6, 0.8]
+    draws = draw_means(values(full=full, half=[value / 2 for value in full], same=full))
+    assert draws["full"].mean() == pytest.approx(0.5, abs=0.01)
+    # The standard error is that of four rows in one of two sources, and none in the other.
+    assert draws["full"].std() == pytest.approx(np.std(full, ddof=1) / 4**0.5 / 2, rel=0.05)
+    np.testing.assert_array_equal(draws["same"], draws["full"])
+    np.testing.assert_allclose(draws["half"], draws["full"] / 2 + 0.125)
+
+
+def test_the_share_of_the_full_context_has_an_interval_of_its_own(rows):
+    def answered(short):
+        lines = {}
+        for number, row in enumerate(rows):
+            answer = short[number % 2] if row["source"] == "short" else row["response"]
+            lines[row["row"]] = {"row": row["row"], "loss": 1.0, "answer": answer}
+        return measure(lines, rows)
+
+    measured = {"full context": answered(["the sea", "a sea"]), "icae": answered(["sea", "red"])}
+    summary = summarize(measured, rows)
+    assert summary["full context"]["f1_share_interval"] == [1, 1]
+    assert summary["full context"]["f1"] == 1 and summary["full context"]["short_exact_match"] == 1
+    low, high = summary["icae"]["f1_share_interval"]
+    assert low < summary["icae"]["f1_share_of_full_context"] < high
+    assert summary["icae"]["f1_interval"] == pytest.approx([low, high])
+
+
+def test_a_full_context_that_answers_nothing_right_has_no_shares(rows):
+    lines = {row["row"]: {"row": row["row"], "loss": 1.0, "answer": "wrong"} for row in rows}
+    summary = summarize({"full context": measure(lines, rows)}, rows)
+    assert "f1_share_of_full_context" not in summary["full context"]
+
+
+def test_the_quick_subset_has_one_short_row_of_each_source(saved):
+    assert main([*command(saved), "--quick"]) == 0
+    record = json.loads((saved / "out" / "answers.json").read_text())
+    assert record["rows"] == 2 and "f1_interval" not in record["summary"]["icae"]
+    assert record["arguments"]["max_new_tokens"] == 3
+    assert record["arguments"]["max_context_length"] == answers.QUICK["max_context_length"]
+    assert set(record["examples"]) == {"short", "long"} and len(record["examples"]["short"]["answers"]) == 7

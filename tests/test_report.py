@@ -1,0 +1,124 @@
+import json
+import re
+
+import pytest
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from chat_server import chat_server
+from icae import ICAEConfig, ICAEForConditionalGeneration
+from icae.cli import OWN_PARSERS, main
+from icae.evaluation import curves, readme, report, tables
+from tiny import make_base
+
+
+TEXTS = [f"{name} met Bob in {year}. " * 8 for name in "ACE" for year in (1871, 1899)]
+TRIPLES = Dataset.from_dict(
+    {
+        "context": [f"It was late. Cleo has {number} cats." for number in range(4)],
+        "prompt": ["Who | has <b>cats</b>?"] * 4,
+        "response": ["Cleo"] * 4,
+        "source": ["one", "two"] * 2,
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def results(tokenizer, tmp_path_factory):
+    """What the commands themselves write, on a tiny model."""
+    folder = tmp_path_factory.mktemp("work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        make_base(max_position_embeddings=2048).save_pretrained("base")
+        tokenizer.save_pretrained("base")
+        base = AutoModelForCausalLM.from_pretrained("base")
+        model = ICAEForConditionalGeneration.from_base(base, ICAEConfig(span_length=16, lora_r=4), tokenizer=tokenizer)
+        model.save_pretrained("icae")
+        Dataset.from_dict({"text": TEXTS}).to_parquet("documents.parquet")
+        TRIPLES.to_parquet("triples.parquet")
+        short = ["--quick", "--lengths", "16", "32", "--target-length", "8", "--per-source", "4"]
+        run("reconstruction", "--models", "tiny=icae", "--data", "documents.parquet", *short, "--altered-length", "16")
+        run("continuation", "--models", "tiny=icae", "--data", "documents.parquet", *short)
+        run("probes", "--models", "tiny=icae", "--quick", "--pairs", "1")
+        run("answers", "--model", "icae", "--data", "triples.parquet", "--per-source", "2", "--max-new-tokens", "2")
+        with chat_server(lambda message: "[[A]]") as server:
+            against = ["--against", "results/answers/full-context.jsonl", "--judge", server.url, "stub"]
+            run("judge", "--data", "triples.parquet", *against)
+        bench = ["bench", "generate", "--model", "icae", "--contexts", "32", "--new-tokens", "2", "--repeats", "1"]
+        assert main([*bench, "--no-memory"]) == 0
+        state = [{"eval_ae_loss": 2.0, "eval_ae_loss_other_text": 5.0, "eval_num_tokens": 10.0, "step": 1}]
+        (folder / "icae" / "trainer_state.json").write_text(json.dumps({"log_history": state}))
+        curves.main(["icae", "--output", "results/embedded.json", "--title", "Curves of a tiny model"])
+    return folder / "results"
+
+
+def run(kind, *words):
+    output = ["--output", f"results/{kind}.json"]
+    assert main(["evaluate", kind, *words, *output]) == 0
+
+
+@pytest.fixture
+def written(results, tmp_path):
+    assert main(["report", "--results", str(results), "--output", str(tmp_path / "report")]) == 0
+    return tmp_path / "report"
+
+
+def test_the_page_shows_every_result_and_needs_no_other_file(written):
+    page = (written / "index.html").read_text()
+    for section in report.SECTIONS[:-1]:
+        assert f"<h2>{section.title}</h2>" in page
+        assert re.search(rf'alt="{section.title}" src="data:image/png;base64,\w', page)
+    assert "<h2>Curves of a tiny model</h2>" in page
+    assert not re.findall(r'(?:src|href)="(?!data:|\.\.)[^"]*"', page)
+    assert "| ---" not in page and page.count("<table>") >= 9  # tables are tables
+
+
+def test_the_markdown_has_its_plots_beside_it_and_links_to_the_results(written, results):
+    text = (written / "README.md").read_text()
+    plots = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert len(plots) == len(report.SECTIONS) and all((written / plot).stat().st_size > 1000 for plot in plots)
+    links = [link for link in re.findall(r"(?<!!)\[[^]]*\]\((\S+?\.json)\)", text)]
+    assert links and all((written / link).resolve().is_file() for link in links)
+
+
+def test_what_is_missing_is_listed_with_its_command(written):
+    text = (written / "README.md").read_text()
+    assert text.endswith("## Not measured yet\n\n- Cost of training: `icae bench train`\n")
+
+
+def test_every_command_of_the_report_exists():
+    for section in report.SECTIONS:
+        assert any(section.command.split()[1:][: len(words)] == list(words) for words in OWN_PARSERS)
+
+
+def test_texts_from_outside_are_shown_as_they_are(written):
+    page = (written / "index.html").read_text()
+    assert "Who &#124; has &#60;b&#62;cats&#60;/b&#62;?" in page or "Who | has &lt;b&gt;cats&lt;/b&gt;?" in page
+    assert "<b>cats" not in page
+
+
+def test_each_section_says_how_it_was_made(written):
+    text = (written / "README.md").read_text()
+    assert len(re.findall(r"^Made by `.*`, .*\d{4}-\d\d-\d\d", text, re.MULTILINE)) == len(report.SECTIONS)
+    assert "Made by `icae evaluate answers --model icae --data triples.parquet" in text
+
+
+def test_the_readme_has_the_same_tables(written, results):
+    text = readme.render(results)
+    assert [line for line in text.splitlines() if line.startswith("|")]
+    page = (written / "README.md").read_text()
+    assert all(line in page for line in text.splitlines() if line.startswith("|"))
+
+
+def test_a_table_in_markdown():
+    assert tables.table(("", "a"), [("x", "1"), ("", "")]) == "| | a |\n| --- | --- |\n| x | 1 |\n| | |"
+    assert tables.with_interval(0.5, [0.25, 1]) == "0.50 [0.25, 1.00]" and tables.with_interval(0.5, None) == "0.50"
+
+
+def test_a_folder_without_results_gives_the_commands_only(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert main(["report", "--results", str(tmp_path / "empty"), "--output", str(tmp_path / "report")]) == 0
+    text = (tmp_path / "report" / "README.md").read_text()
+    assert all(f"`{section.command}`" in text for section in report.SECTIONS)
+    assert main(["report", "--results", str(tmp_path / "none"), "--output", str(tmp_path / "report")]) == 2
+    assert "Expected a folder with results, got" in capsys.readouterr().err
