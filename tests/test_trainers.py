@@ -229,7 +229,7 @@ def test_data_must_be_named(command_line, capsys):
     assert "Expected `dataset_name` or `train_files`" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("preset", ["paper", "cpu"])
+@pytest.mark.parametrize("preset", ["paper", "cpu", "gpu_1b", "gpu_7b"])
 def test_the_presets_are_understood(preset, tmp_path):
     from trl import TrlParser
 

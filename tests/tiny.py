@@ -33,7 +33,7 @@ FAMILIES = {
     "mistral": LLAMA_LIKE | {"sliding_window": 64},
     "qwen2": LLAMA_LIKE,
     "qwen3": LLAMA_LIKE,
-    "gemma2": GEMMA_LIKE,
+    "gemma2": GEMMA_LIKE | {"attn_implementation": "eager"},  # transformers 5.19 takes sdpa, which knows no soft cap
     "gemma3_text": GEMMA_LIKE,
     "phi": {k: v for k, v in LLAMA_LIKE.items() if k not in ("num_key_value_heads", "head_dim")},
     "gpt_neox": {k: v for k, v in LLAMA_LIKE.items() if k not in ("num_key_value_heads", "head_dim")},

@@ -1,17 +1,27 @@
 """What both training stages share: an ICAE inside TRL's trainer."""
 
+import tempfile
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from huggingface_hub import CommitInfo
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress, logging
 from trl import SFTTrainer
 
+from icae.hub_upload import assemble, check, check_base_id, upload, verify
+from icae.model_cards import write_card
+from icae.model_cards.callback import CardCallback
+from icae.model_cards.card import PAPER, TAGS
 from icae.modeling_icae import ICAEForConditionalGeneration, ICAEOutput
 
 
+logger = logging.get_logger(__name__)
 SHORT_NAMES = {"autoencoding": "ae", "continuation": "lm", "instruction": "response"}
 GROUPS = {"memory_embeddings": "slots", "task_embeddings": "tasks"}  # all others: the adapter
 
@@ -36,21 +46,14 @@ class ICAETrainer(SFTTrainer):
             The tokenizer, by default the model's.
         callbacks, optimizers:
             As in `transformers.Trainer`.
+
+    `trainer.card` ([`CardCallback`]) keeps what the model card states; licence, language and data can be set there.
     """
 
-    _tag_names = ("icae", "context-compression", "custom_code")
-    _paper = {
-        "title": "In-context Autoencoder for Context Compression in a Large Language Model",
-        "id": "2307.06945",
-        # docstyle-ignore
-        "citation": """@inproceedings{ge2024incontext,
-  title = {In-context Autoencoder for Context Compression in a Large Language Model},
-  author = {Tao Ge and Jing Hu and Lei Wang and Xun Wang and Si-Qing Chen and Furu Wei},
-  booktitle = {International Conference on Learning Representations},
-  year = {2024},
-}""",
-    }
+    _tag_names = TAGS
+    _paper = PAPER
     model: ICAEForConditionalGeneration
+    push_in_progress: PushInProgress | None
     _collator: Callable[[], Any]
 
     def __init__(
@@ -76,6 +79,8 @@ class ICAETrainer(SFTTrainer):
         train_dataset = self._prepare(train_dataset, model, args, training=True)
         if eval_dataset is not None:
             eval_dataset = self._prepare(eval_dataset, model, args, training=False)
+        self.card = CardCallback(self)
+        self._uploads = ThreadPoolExecutor(max_workers=1)
         super().__init__(
             model=model,
             args=args,
@@ -83,7 +88,7 @@ class ICAETrainer(SFTTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=model.tokenizer,
-            callbacks=[*(callbacks or []), _GradientNorms(self)],
+            callbacks=[*(callbacks or []), _GradientNorms(self), self.card],
             optimizers=optimizers,
         )
         # SFTTrainer replaces `forward` by one that knows only plain language models; the class's own comes back.
@@ -162,14 +167,112 @@ class ICAETrainer(SFTTrainer):
     def _load_best_model(self) -> None:
         self.model.load_icae_weights(self.state.best_model_checkpoint)
 
+    # ------------------------------------------------------------------------------------------------------- the Hub
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        check_base_id(self.model.config)  # now, not after hours of training
+        if private is not None:
+            self.args.hub_private_repo = private  # transformers 5.19 has no argument for it
+        super().init_hf_repo(token=token)
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        *,
+        create_pr: bool = False,
+        commit_description: str | None = None,
+        base: str | None = None,
+    ) -> CommitInfo | Future | None:
+        """
+        Saves the model to `args.output_dir` and pushes it as `icae push` does: complete, checked, in one commit. What
+        else lies in the folder stays here.
+
+        Args:
+            commit_message, blocking, token, revision, private:
+                As in `transformers.Trainer`.
+            create_pr, commit_description:
+                As in [`~icae.hub_upload.upload`].
+            base (`str`, *optional*):
+                Folder of the base, see [`~icae.hub_upload.verify`].
+
+        Returns:
+            `CommitInfo`, or a `Future` of it if not `blocking`; `None` in other processes than the first.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.card.facts().save(self.args.output_dir)
+        write_card(self.args.output_dir, repo_id=self.hub_model_id)
+        bundle = self._bundle(self.args.output_dir)
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # there, one process alone cannot run the model
+            verify(bundle.name, self.model, base=base)
+        self._finish_current_push()
+        job = self._upload(
+            bundle,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            create_pr=create_pr,
+        )
+        return job.result() if blocking else job
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Trainer copies only files whose names it knows; slots and adapter would be missing in the pushed repository.
-        if self.is_world_process_zero():
-            self.model.save_pretrained(self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
+        # Trainer's own copies and pushes files whose names it knows, without slots and adapter.
+        strategy = self.args.hub_strategy
+        running = [job for job in self.push_in_progress.jobs if not job.done()] if self.push_in_progress else []
+        skipped = running and not self.args.hub_always_push
+        if not self.is_world_process_zero() or strategy == HubStrategy.END or skipped:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        where = {
+            HubStrategy.CHECKPOINT: "last-checkpoint",
+            HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name,
+        }.get(strategy)
+        self.card.facts().save(checkpoint_folder)
+        job = self._upload(
+            self._bundle(checkpoint_folder),
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+            subfolders={where: checkpoint_folder} if where else None,
+        )
+        job.add_done_callback(_warn_if_failed)
+        self.push_in_progress = PushInProgress([*running, job])
+
+    def _bundle(self, checkpoint: str) -> tempfile.TemporaryDirectory:
+        """A checkpoint in the layout of the Hub."""
+        bundle = tempfile.TemporaryDirectory()
+        assemble(checkpoint, bundle.name, tokenizer=self.model.tokenizer, repo_id=self.hub_model_id)
+        check(bundle.name)
+        return bundle
+
+    def _upload(self, bundle: tempfile.TemporaryDirectory, **kwargs) -> Future:
+        """Uploads in the background, one push after the other."""
+
+        def upload_and_remove() -> CommitInfo:
+            with bundle:
+                return upload(bundle.name, self.hub_model_id, **kwargs)
+
+        return self._uploads.submit(upload_and_remove)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """TRL's card would present the model as a text-generation pipeline; an ICAE card comes with `icae push`."""
+        """Writes the card of an ICAE, from the facts that [`CardCallback`] keeps; arguments are not needed."""
+        if self.is_world_process_zero():
+            self.card.write_card()
+
+
+def _warn_if_failed(push: Future) -> None:
+    """Training goes on; what failed to go out lies in the checkpoint's folder."""
+    if error := push.exception():
+        logger.warning(f"A push to the Hub failed, the checkpoint is only in `output_dir`: {error}")
 
 
 class _GradientNorms(TrainerCallback):

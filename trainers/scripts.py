@@ -9,6 +9,7 @@ from datasets import load_dataset
 
 from icae.configuration_icae import ICAEConfig
 from icae.embedded import EMBEDDED_BASE_ID, embedded_base
+from icae.model_cards import DataSource
 from icae.modeling_icae import ICAEForConditionalGeneration
 
 from .icae_trainer import ICAETrainer, last_checkpoint
@@ -33,6 +34,12 @@ class ScriptArguments:
     streaming: bool = field(default=False, metadata={"help": "Stream the data set instead of downloading it."})
     eval_samples: int = field(default=64, metadata={"help": "Held-out samples of each evaluation."})
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in `output_dir`."})
+    license: str | None = field(default=None, metadata={"help": "For the model card: licence of what is trained."})
+    language: list[str] | None = field(default=None, metadata={"help": "For the model card: codes of languages."})
+    data_sources: list[str] | None = field(
+        default=None,
+        metadata={"help": 'For the model card: what the data is, as "NAME" or "NAME=LICENCE". Default: its id.'},
+    )
 
 
 @dataclass
@@ -86,9 +93,22 @@ def load_data(script: ScriptArguments):
     return load(script.train_split), load(script.eval_split) if script.eval_split else None
 
 
+def data_sources(script: ScriptArguments) -> list[DataSource]:
+    """What the model card says of the training data: as the script says, or the id of the data set on the Hub. (Names
+    of local files tell readers nothing.)"""
+    if script.data_sources is not None:
+        parts = [source.partition("=") for source in script.data_sources]
+        return [DataSource(name.strip(), license.strip() or None) for name, _, license in parts]
+    if script.train_files or script.dataset_name is None:
+        return []
+    return [DataSource(script.dataset_name, hub_id=script.dataset_name)]
+
+
 def run(trainer: ICAETrainer, script: ScriptArguments, icae: ICAEArguments) -> None:
     """Trains, from the last checkpoint if the script says so, and saves the model, its state and the arguments."""
     output_dir = trainer.args.output_dir
+    trainer.card.license, trainer.card.language = script.license, script.language or []
+    trainer.card.data = data_sources(script)
     trainer.train(resume_from_checkpoint=last_checkpoint(output_dir) if script.resume else None)
     trainer.save_model()
     trainer.save_state()

@@ -1,0 +1,164 @@
+"""What must not leave this machine, and what a repository must have: checks that need no model."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from icae.configuration_icae import ICAEConfig
+from icae.modeling_icae import ICAEForConditionalGeneration
+
+from .layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CODE, PICKLES, REQUIRED, TOKENIZER, WEIGHTS, files_of, matches
+
+
+# An absolute path, one below the home folder or one that climbs: as a whole value in a JSON file, and inside a text,
+# where only the usual roots are told from the rest of the world's slashes.
+PATH_VALUE = re.compile(r"(?:/|~|\.{1,2}/|[A-Za-z]:[\\/]|file:)[\w.~-]+[\\/].*|(?:~|\.{1,2})/[\w.-]+", re.DOTALL)
+PATH_IN_TEXT = re.compile(
+    r"(?<![\w.:/])(?:/(?:home|root|tmp|mnt|data|work|workspace|scratch|content|kaggle|opt|srv|var|Users|Volumes)/"
+    r"|~/|[A-Z]:\\|file://)[^\s\"'`)<>]+"
+)
+SECRETS = {
+    "a Hugging Face token": re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{30,}"),
+    "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
+    "an AWS key": re.compile(r"\bAKIA[0-9A-Z]{16}\b"),
+    "a GitHub token": re.compile(r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{50,})"),
+    "an OpenAI or Anthropic key": re.compile(r"\bsk-(?:proj-|ant-)?[A-Za-z0-9_-]{32,}"),
+    "a Weights & Biases key": re.compile(r"(?i)\bwandb_api_key\W{1,4}[0-9a-f]{40}\b"),
+}
+HEADER_BYTES = 1_000_000  # names and shapes in a safetensors file; any text beside the tokenizer
+TOKEN_BYTES = 1_000  # of a tokenizer's files per token of the vocabulary
+
+
+def check(folder: str | Path) -> None:
+    """
+    Refuses a folder that should not become a Hub repository.
+
+    Args:
+        folder (`str` or `Path`):
+            The folder, as [`assemble`] made it.
+
+    Raises:
+        `ValueError`: if a file is missing, undeclared, a pickle or larger than the configuration says; if the code is
+            not this package's; if a path of this machine or a secret is in it; if the base is no Hub id.
+    """
+    files = files_of(folder)
+    _check_names(set(files))
+    for name, source in CODE.items():
+        if files[name].read_bytes() != source.read_bytes():
+            raise ValueError(
+                f"Expected {name!r} to be this package's file byte for byte, got another one; assemble the folder "
+                "again, and change the model's code in the package."
+            )
+    config = ICAEConfig.from_pretrained(folder)
+    if config.text_config is None:
+        raise ValueError("Expected a `config.json` that describes the base in `text_config`, got one without.")
+    check_base_id(config)
+    found = json.loads(files[ADAPTER_CONFIG].read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if found != config.base_model_name_or_path:
+        raise ValueError(
+            f"Expected one base in both configurations, got {config.base_model_name_or_path!r} in 'config.json' and "
+            f"{found!r} in {ADAPTER_CONFIG!r}; assemble the folder again."
+        )
+    _check_sizes(files, config)
+    for name, file in files.items():
+        if name not in WEIGHTS:
+            _check_text(name, file)
+
+
+def check_base_id(config: ICAEConfig) -> None:
+    """
+    Refuses a configuration whose base only this machine can find.
+
+    Raises:
+        `ValueError`: if `base_model_name_or_path` is no Hub id.
+    """
+    name = config.base_model_name_or_path
+    try:
+        validate_repo_id(name or "")
+        on_hub = not Path(name or "").exists()
+    except HFValidationError:
+        on_hub = False
+    if not on_hub:
+        raise ValueError(
+            f"Expected `base_model_name_or_path` to be the Hub id of the base, as in 'org/name', got {name!r}, which "
+            "others cannot load. Set it in the checkpoint's config.json, or as `model.config.base_model_name_or_path` "
+            'before saving, or from the start: `from_base(folder, ICAEConfig(base_model_name_or_path="org/name"))`.'
+        )
+
+
+def _check_names(names: set[str]) -> None:
+    if pickles := sorted(name for name in names if matches(Path(name).name, PICKLES)):
+        raise ValueError(
+            f"Expected no pickles, which run code when they are opened, got {', '.join(pickles)}; remove them, "
+            "weights are stored as safetensors."
+        )
+    if "adapter_config.json" in names:
+        raise ValueError(
+            "Expected no 'adapter_config.json' at the root, got one: transformers would take the repository for a "
+            f"plain adapter and load the bare base instead of the ICAE; the adapter's place is {ADAPTER_CONFIG!r}."
+        )
+    if missing := sorted(REQUIRED - names):
+        raise ValueError(f"Expected the whole layout, but {', '.join(missing)} is missing; assemble it again.")
+    if others := sorted(name for name in names - REQUIRED if not matches(name, TOKENIZER)):
+        raise ValueError(
+            f"Expected only files of an ICAE and its tokenizer, got also {', '.join(others)}; remove them, and add "
+            "files of your own to the repository by themselves."
+        )
+
+
+def _check_sizes(files: dict[str, Path], config: ICAEConfig) -> None:
+    """Weights hold at most 4 bytes for each number that the configuration declares."""
+    with torch.device("meta"):
+        parameters = ICAEForConditionalGeneration(config).trainable_parameters()
+    slots = ("memory_embeddings", "task_embeddings")
+    numbers = dict.fromkeys(WEIGHTS, 0)
+    for name, parameter in parameters.items():
+        numbers[WEIGHTS[0] if name in slots else ADAPTER_WEIGHTS] += parameter.numel()
+    for name, file in files.items():
+        if name in WEIGHTS:
+            limit = 4 * numbers[name] + HEADER_BYTES
+        elif matches(name, TOKENIZER):
+            limit = TOKEN_BYTES * config.text_config.vocab_size + HEADER_BYTES
+        else:
+            limit = HEADER_BYTES
+        if (size := file.stat().st_size) > limit:
+            raise ValueError(
+                f"Expected {name!r} to take at most {limit:,} bytes, as the configuration says, got {size:,}; it "
+                "holds more than an ICAE, perhaps a base's weights: save the checkpoint again."
+            )
+
+
+def _check_text(name: str, file: Path) -> None:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return  # a SentencePiece model
+    for what, pattern in SECRETS.items():
+        if match := pattern.search(text):
+            raise ValueError(
+                f"Expected no secrets, got what looks like {what} in {name!r} ({match[0][:8]}…); remove it there, and "
+                "revoke it if others may have seen it."
+            )
+    paths: list[str] = []
+    if name == "README.md":
+        paths = PATH_IN_TEXT.findall(text)
+    elif name.endswith(".json") and name not in ("tokenizer.json", "vocab.json"):  # words like "/usr/bin" are theirs
+        paths = [value for value in _strings(json.loads(text)) if PATH_VALUE.fullmatch(value)]
+    if paths:
+        raise ValueError(
+            f"Expected no paths of this machine, got {paths[0]!r} in {name!r}; give a Hub id, or remove it from the "
+            "checkpoint's file."
+        )
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _strings(one)

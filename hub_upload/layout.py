@@ -1,0 +1,137 @@
+"""The files of an ICAE on the Hub, and how they are put together from a checkpoint."""
+
+import json
+import shutil
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from peft import PeftConfig
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import (
+    ADDED_TOKENS_FILE,
+    FULL_TOKENIZER_FILE,
+    SPECIAL_TOKENS_MAP_FILE,
+    TOKENIZER_CONFIG_FILE,
+)
+
+from icae.configuration_icae import ICAEConfig
+from icae.model_cards import CARD_FACTS, CardFacts, model_card
+from icae.modeling_icae import ICAEForConditionalGeneration
+from icae.modeling_icae.pretrained_icae import ADAPTER_FOLDER, AUTO_MAP, CUSTOM_PIPELINES, SLOTS_FILE
+
+
+ADAPTER_CONFIG = f"{ADAPTER_FOLDER}/adapter_config.json"
+ADAPTER_WEIGHTS = f"{ADAPTER_FOLDER}/adapter_model.safetensors"
+WEIGHTS = (SLOTS_FILE, ADAPTER_WEIGHTS)
+DESCRIPTION = ("config.json", "generation_config.json", ADAPTER_CONFIG, CARD_FACTS, "README.md")
+CODE = {file.name: file for file in ICAEForConditionalGeneration._code_files()}
+REQUIRED = {*WEIGHTS, *DESCRIPTION, *CODE, TOKENIZER_CONFIG_FILE}
+# The names under which tokenizers of all kinds are saved.
+TOKENIZER = {
+    TOKENIZER_CONFIG_FILE,
+    FULL_TOKENIZER_FILE,
+    SPECIAL_TOKENS_MAP_FILE,
+    ADDED_TOKENS_FILE,
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+}
+TRAINING_ARGUMENTS = "training_args.bin"
+PICKLES = {"*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt"}
+# What other tokenizers, other ways of saving and trainers left in a repository. All else belongs to its owner.
+STALE = TOKENIZER | {
+    f"{ADAPTER_FOLDER}/*",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model-*-of-*.bin",
+    "pytorch_model.bin.index.json",
+    "optimizer.pt",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*.pth",
+    "trainer_state.json",
+    TRAINING_ARGUMENTS,
+}
+
+
+def matches(name: str, patterns: set[str]) -> bool:
+    """Whether a path inside a repository matches a pattern of the same depth."""
+    return any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def files_of(folder: str | Path) -> dict[str, Path]:
+    """The files of a folder by their path in the repository, sorted."""
+    found = (path for path in Path(folder).rglob("*") if path.is_file())
+    return dict(sorted((path.relative_to(folder).as_posix(), path) for path in found))
+
+
+def assemble(
+    checkpoint: str | Path,
+    folder: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    repo_id: str | None = None,
+) -> None:
+    """
+    Puts the complete layout together in `folder`: the checkpoint's weights and its configuration, the code of this
+    package byte for byte, the tokenizer and a model card. Nothing else of the checkpoint is taken over.
+
+    Args:
+        checkpoint (`str` or `Path`):
+            A folder as `save_pretrained` or a trainer wrote it. Its `README.md`, if it has one, is kept as the card.
+        folder (`str` or `Path`):
+            Where to put the files; made if missing.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            The tokenizer, by default the checkpoint's own.
+        repo_id (`str`, *optional*):
+            The repository that the card should name.
+
+    Raises:
+        `ValueError`: if the checkpoint lacks weights or its configuration, or if no tokenizer is known.
+    """
+    checkpoint, folder = Path(checkpoint), Path(folder)
+    needed = [*WEIGHTS, "config.json", "generation_config.json", ADAPTER_CONFIG]
+    if missing := [name for name in needed if not (checkpoint / name).is_file()]:
+        raise ValueError(
+            f"Expected a saved ICAE in the folder {str(checkpoint)!r}, but {', '.join(missing)} is not there; save it "
+            "with `save_pretrained`, or give one of a trainer's checkpoint folders."
+        )
+    if tokenizer is None and not (checkpoint / TOKENIZER_CONFIG_FILE).is_file():
+        raise ValueError(f"Expected a tokenizer in {str(checkpoint)!r}, got none; give the base's as `tokenizer`.")
+    (folder / ADAPTER_FOLDER).mkdir(parents=True, exist_ok=True)
+
+    config = ICAEConfig.from_pretrained(checkpoint)
+    config.auto_map, config.custom_pipelines = AUTO_MAP, CUSTOM_PIPELINES
+    config.save_pretrained(folder)
+    adapter_config = PeftConfig.from_pretrained(checkpoint / ADAPTER_FOLDER)
+    adapter_config.base_model_name_or_path = config.base_model_name_or_path
+    adapter_config.revision = config.base_model_revision
+    adapter_config.save_pretrained(folder / ADAPTER_FOLDER)
+
+    for name in (*WEIGHTS, "generation_config.json"):
+        shutil.copyfile(checkpoint / name, folder / name)
+    for name, file in CODE.items():
+        shutil.copyfile(file, folder / name)
+    # The configuration is at hand; its file names code, which would have to be trusted.
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(checkpoint, config=config)
+    tokenizer.save_pretrained(folder)
+    described = json.loads((folder / TOKENIZER_CONFIG_FILE).read_text(encoding="utf-8"))
+    for name in ("is_local", "local_files_only"):  # how it was loaded here
+        described.pop(name, None)
+    text = json.dumps(described, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (folder / TOKENIZER_CONFIG_FILE).write_text(text, encoding="utf-8")
+    facts = CardFacts.load(checkpoint)
+    facts.name, facts.repo_id = facts.name or checkpoint.resolve().name, repo_id or facts.repo_id
+    facts.save(folder)
+    if (checkpoint / "README.md").is_file():
+        shutil.copyfile(checkpoint / "README.md", folder / "README.md")
+    else:
+        (folder / "README.md").write_text(model_card(folder), encoding="utf-8")

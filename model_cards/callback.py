@@ -1,0 +1,147 @@
+"""Keeps the facts of a training run beside its checkpoints, so that the card is filled while a model is trained."""
+
+import platform
+import time
+from dataclasses import fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from trl import SFTConfig
+
+from icae.evaluation.record import PACKAGES, hardware
+
+from .card import MEASURES, render
+from .facts import CardFacts, DataSource, TrainingStage
+
+
+# Own fields of the training arguments that have no part in the training itself.
+NOT_SETTINGS = ("eval_reconstructions", "eval_generations", "max_new_tokens", "text_column")
+
+
+class CardCallback(TrainerCallback):
+    """
+    Writes `icae_card.json` beside each checkpoint and into `output_dir`, and at the end the card itself.
+
+    The stages of the checkpoint that a run goes on from are carried over from its folder. What a trainer cannot know
+    can be set before training:
+
+    ```python
+    trainer.card.license = "apache-2.0"
+    trainer.card.language = ["en"]
+    trainer.card.data = [DataSource("OpenStax textbooks", license="CC BY 4.0")]
+    ```
+
+    Args:
+        trainer ([`ICAETrainer`]):
+            The trainer whose run it describes.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.license: str | None = None
+        self.language: list[str] = []
+        self.data: list[DataSource] = []
+        self._earlier = CardFacts()
+        self._started_from: str | None = None
+        self._start = 0.0
+        self._seconds: float | None = None  # of this run before it was interrupted; None: not known
+        self._final: CardFacts | None = None  # when training is over
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._start, self._seconds, self._final = time.monotonic(), 0.0, None
+        source = self.trainer.model.name_or_path
+        self._earlier = CardFacts.load(source) if source else CardFacts()
+        self._started_from = None
+        if source and not self._earlier.stages:
+            self._started_from = Path(source).name if Path(source).is_dir() else source
+        if state.global_step > 0:  # resumed
+            interrupted = CardFacts.load(Path(args.output_dir, f"checkpoint-{state.global_step}")).stages
+            self._seconds = interrupted[-1].seconds if interrupted else None
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            for folder in (Path(args.output_dir, f"checkpoint-{state.global_step}"), args.output_dir):
+                self.facts().save(folder)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            best = args.load_best_model_at_end and state.best_model_checkpoint
+            self._final = CardFacts.load(best) if best else self.facts()  # of the weights that are now in the model
+            self._final.save(args.output_dir)
+            self.write_card()
+
+    def facts(self) -> CardFacts:
+        """All that is known by now: earlier stages, this one, and what was set."""
+        args = self.trainer.args
+        if self._final is not None:
+            return self._final
+        stages = list(self._earlier.stages)
+        if self.trainer.state.global_step > 0:
+            stages.append(self._stage())
+        # Results were measured before this stage, so they are not carried over.
+        return replace(
+            self._earlier,
+            name=Path(args.hub_model_id or Path(args.output_dir).resolve()).name,
+            repo_id=args.hub_model_id if args.hub_model_id and "/" in args.hub_model_id else None,
+            revision=None,
+            license=self.license or self._earlier.license,
+            language=self.language or self._earlier.language,
+            stages=stages,
+            reconstruction=None,
+            answers=None,
+        )
+
+    def write_card(self) -> None:
+        """Writes `README.md` into `output_dir`."""
+        text = render(self.facts(), self.trainer.model.config)
+        Path(self.trainer.args.output_dir, "README.md").write_text(text, encoding="utf-8")
+
+    def _stage(self) -> TrainingStage:
+        args, state = self.trainer.args, self.trainer.state
+        return TrainingStage(
+            name=self.trainer._name,
+            steps=state.global_step,
+            rows_per_step=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            learning_rate=float(args.learning_rate),
+            schedule=str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+            warmup_steps=args.get_warmup_steps(state.max_steps),
+            optimizer=str(getattr(args.optim, "value", args.optim)),
+            seed=args.seed,
+            context_tokens=int(state.num_input_tokens_seen),
+            settings=_settings(args),
+            data=list(self.data),
+            started_from=self._started_from,
+            hardware=_hardware(args.world_size),
+            seconds=None if self._seconds is None else round(self._seconds + time.monotonic() - self._start, 1),
+            versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+            evaluation=_last_evaluation(state.log_history),
+        )
+
+
+def _settings(args) -> dict[str, Any]:
+    """Fields that the trainer's own arguments add to TRL's, as far as they are used."""
+    inherited = {field.name for field in fields(SFTConfig)} | set(NOT_SETTINGS)
+    return {
+        field.name: value
+        for field in fields(args)
+        if field.name not in inherited and (value := getattr(args, field.name)) not in (None, False, 0)
+    }
+
+
+def _hardware(processes: int) -> str:
+    found = hardware()
+    one = found["accelerator"] or f"{found['processor']} (CPU), {found['cores_used']} cores"
+    one = one.replace(" 1 cores", " 1 core")
+    return f"{processes} × {one}" if processes > 1 else one
+
+
+def _last_evaluation(history: list[dict[str, float]]) -> dict[str, float]:
+    # "loss" is the weighted sum of a trainer's tasks, which only that trainer can compare.
+    known = {f"eval_{name}": name for name in MEASURES if name != "loss"}
+    for entry in reversed(history):
+        found = {name: float(entry[key]) for key, name in known.items() if key in entry}
+        if found:
+            return found
+    return {}

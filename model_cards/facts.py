@@ -1,0 +1,245 @@
+"""
+What a card states and the weights do not tell: `icae_card.json`, kept beside every checkpoint.
+
+Training writes it ([`CardCallback`]), `icae card` adds results to it, and a run that goes on from a checkpoint carries
+its stages over. What is unknown is `None` or empty, and the card says so in words.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+
+
+CARD_FACTS = "icae_card.json"
+INSTRUCTION_STAGE = "ICAE SFT"  # the name of its trainer
+
+
+@strict
+@dataclass
+class DataSource:
+    """
+    A data set.
+
+    Args:
+        name (`str`):
+            What readers know it by.
+        license (`str`, *optional*):
+            Its licence, as its source states it.
+        hub_id (`str`, *optional*):
+            Its id on the Hub; goes into the card's metadata.
+    """
+
+    name: str
+    license: str | None = None
+    hub_id: str | None = None
+
+
+@strict
+@dataclass
+class TrainingStage:
+    """
+    One training run.
+
+    Args:
+        name (`str`):
+            The trainer: `"ICAE pretraining"` or `"ICAE SFT"`.
+        steps (`int`):
+            Optimizer steps.
+        rows_per_step (`int`):
+            Contexts per step, over all processes.
+        context_tokens (`int`, *optional*):
+            Context tokens trained on.
+        learning_rate (`float`), schedule (`str`), warmup_steps (`int`), optimizer (`str`), seed (`int`):
+            The recipe.
+        settings (`dict[str, Any]`, *optional*):
+            Those of the trainer's own, for example `autoencoding_weight`.
+        data (`list[DataSource]`, *optional*):
+            What it was trained on.
+        started_from (`str`, *optional*):
+            The checkpoint it went on from, where that has no facts of its own to carry over.
+        hardware (`str`, *optional*), seconds (`float`, *optional*):
+            What it ran on and how long, evaluations included.
+        versions (`dict[str, str]`, *optional*):
+            Of Python and the libraries.
+        evaluation (`dict[str, float]`, *optional*):
+            The last held-out evaluation, with its controls; losses in nats per target token.
+        curves (`str`, *optional*):
+            Name of the file in `results/` (without `.json`, made by `icae.evaluation.curves`) that `context_tokens`
+            and `evaluation` are taken from by `icae card --results`.
+    """
+
+    name: str
+    steps: int
+    rows_per_step: int
+    learning_rate: float
+    schedule: str
+    warmup_steps: int
+    optimizer: str
+    seed: int
+    context_tokens: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    data: list[DataSource] = field(default_factory=list)
+    started_from: str | None = None
+    hardware: str | None = None
+    seconds: float | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    evaluation: dict[str, float] = field(default_factory=dict)
+    curves: str | None = None
+
+
+@strict
+@dataclass
+class Evaluation:
+    """
+    A table of results, with its controls.
+
+    Args:
+        rows (`dict[str, dict[str, float]]`):
+            By what was measured (a checkpoint, or what answers were read from), the measures.
+        context_tokens (`int`):
+            Held-out context tokens.
+        command (`str`), commit (`str`, *optional*), date (`str`):
+            How it was made.
+        samples (`int`, *optional*), slots (`int`, *optional*):
+            Held-out rows and the slots that their contexts became.
+    """
+
+    rows: dict[str, dict[str, float]]
+    context_tokens: int
+    command: str
+    date: str
+    commit: str | None = None
+    samples: int | None = None
+    slots: int | None = None
+
+
+@strict
+@dataclass
+class CardFacts:
+    """
+    All that a card states beside what `config.json` says.
+
+    Args:
+        name (`str`, *optional*):
+            Name of the model. Default: the name of its repository or folder.
+        repo_id (`str`, *optional*), revision (`str`, *optional*):
+            Where it lies on the Hub, and the commit or tag that the quickstart pins.
+        license (`str`, *optional*):
+            Licence of adapter and slots, as the Hub spells it (`"apache-2.0"`).
+        language (`list[str]`, *optional*):
+            Language codes (`"en"`).
+        origin (`str`, *optional*):
+            Where the weights come from, if no stage made them.
+        limits (`list[str]`, *optional*):
+            Limits of this model, besides those of all ICAEs.
+        stages (`list[TrainingStage]`, *optional*):
+            The runs that made it, first to last.
+        reconstruction (`Evaluation`, *optional*):
+            Held-out text from its slots; the last row is this model.
+        answers (`Evaluation`, *optional*):
+            Answers from slots and from other things; the row `"icae"` is this model.
+    """
+
+    name: str | None = None
+    repo_id: str | None = None
+    revision: str | None = None
+    license: str | None = None
+    language: list[str] = field(default_factory=list)
+    origin: str | None = None
+    limits: list[str] = field(default_factory=list)
+    stages: list[TrainingStage] = field(default_factory=list)
+    reconstruction: Evaluation | None = None
+    answers: Evaluation | None = None
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "CardFacts":
+        """
+        The facts beside a saved model; none are known if the folder has no file of them.
+
+        Raises:
+            `ValueError`: if the file is damaged.
+        """
+        file = Path(folder, CARD_FACTS)
+        if not file.is_file():
+            return cls()
+        try:
+            known = json.loads(file.read_text(encoding="utf-8"))
+            for stage in known.get("stages", ()):
+                stage["data"] = [DataSource(**source) for source in stage.get("data", ())]
+            known["stages"] = [TrainingStage(**stage) for stage in known.get("stages", ())]
+            for name in ("reconstruction", "answers"):
+                known[name] = known.get(name) and Evaluation(**known[name])
+            return cls(**known)
+        except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+            raise ValueError(
+                f"Expected facts for a model card in {str(file)!r}, got a file that does not hold them ({error}); "
+                "mend it, or delete it and the card will say that they are not known."
+            ) from error
+
+    def save(self, folder: str | Path) -> None:
+        """Writes them beside a saved model."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, CARD_FACTS).write_text(
+            json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+
+    @property
+    def answers_prompts(self) -> bool | None:
+        """Whether it was trained to answer prompts; `None` if its training is not known."""
+        return any(stage.name == INSTRUCTION_STAGE for stage in self.stages) if self.stages else None
+
+    def add_results(self, results: str | Path) -> None:
+        """
+        Takes over what `icae evaluate reconstruction`, `icae evaluate answers` and `icae.evaluation.curves` wrote.
+
+        Args:
+            results (`str` or `Path`):
+                Folder with `reconstruction.json` and `answers.json`, either of which may be missing, and with the
+                `curves` of stages.
+
+        Raises:
+            `ValueError`: if a file that a stage names is missing, or if there is none at all.
+        """
+        folder = Path(results)
+        found = {
+            name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+            for name in ("reconstruction", "answers", *(stage.curves for stage in self.stages if stage.curves))
+            if (folder / f"{name}.json").is_file()
+        }
+        missing = [stage.curves for stage in self.stages if stage.curves and stage.curves not in found]
+        if missing or not found:
+            raise ValueError(
+                f"Expected results in {str(folder)!r}, found no {missing[0] if missing else 'reconstruction'}.json; "
+                "make them with `icae evaluate` and `python -m icae.evaluation.curves`."
+            )
+        self.reconstruction = _evaluation(found.get("reconstruction"), "models")
+        self.answers = _evaluation(found.get("answers"), "summary")
+        for stage in self.stages:
+            if stage.curves:
+                (run,) = found[stage.curves]["runs"].values()
+                stage.context_tokens = int(run["context_tokens"][-1])
+                stage.evaluation = {
+                    name: values[-1] for name, values in run.items() if name not in ("config", "context_tokens")
+                }
+
+
+def _evaluation(record: dict[str, Any] | None, rows: str) -> Evaluation | None:
+    if record is None:
+        return None
+    made_by = record["made_by"]
+    return Evaluation(
+        rows={
+            name: {measure: float(value) for measure, value in row.items() if isinstance(value, int | float)}
+            for name, row in record[rows].items()
+        },
+        context_tokens=record["context_tokens"],
+        command=made_by["command"],
+        date=made_by["date"],
+        commit=made_by["commit"],
+        samples=record.get("rows") or record["arguments"].get("samples"),
+        slots=record.get("slots"),
+    )

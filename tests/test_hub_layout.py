@@ -1,0 +1,306 @@
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hub_server import BASE, LAYOUT
+from icae import ICAEForConditionalGeneration
+from icae.cli import main
+from icae.hub_upload import assemble, check, check_base_id, verify
+from icae.hub_upload.layout import CODE
+from icae.model_cards import CardFacts, model_card
+from tiny import make_base
+
+
+@pytest.fixture
+def base_folder(tmp_path, tokenizer):
+    make_base().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+@pytest.fixture
+def model(make_icae, base_folder):
+    """A model whose base lies in a folder and is known by its name on the Hub."""
+    return make_icae(base=AutoModelForCausalLM.from_pretrained(base_folder), base_model_name_or_path=BASE)
+
+
+@pytest.fixture
+def checkpoint(model, tmp_path):
+    """As a trainer leaves it: with a tokenizer, its state and its arguments, but not for publication."""
+    model.save_pretrained(tmp_path / "checkpoint", with_code=False)
+    for name in ("training_args.bin", "optimizer.pt", "trainer_state.json", "events.out.tfevents.1", "notes.txt"):
+        (tmp_path / "checkpoint" / name).write_text("{}")
+    return tmp_path / "checkpoint"
+
+
+@pytest.fixture
+def folder(checkpoint, tmp_path):
+    assemble(checkpoint, tmp_path / "folder")
+    return tmp_path / "folder"
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+# --------------------------------------------------------------------------------------------------------- assemble
+
+
+def test_a_checkpoint_becomes_the_whole_layout_and_nothing_else(checkpoint, folder):
+    assert files(folder) == LAYOUT
+    for name in ("icae_slots.safetensors", "adapter/adapter_model.safetensors", "generation_config.json"):
+        assert (folder / name).read_bytes() == (checkpoint / name).read_bytes()
+    for name, source in CODE.items():
+        assert (folder / name).read_bytes() == source.read_bytes()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["auto_map"]["AutoModel"] == "modeling_icae.ICAEForConditionalGeneration"
+    assert list(config["custom_pipelines"]) == ["icae-context-generation"]
+    check(folder)
+
+
+def test_a_model_saved_with_its_code_gives_the_same_configuration(model, folder, tmp_path):
+    model.save_pretrained(tmp_path / "whole")
+    assert (tmp_path / "whole" / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+    assert files(tmp_path / "whole") | {"README.md", "icae_card.json"} == LAYOUT
+
+
+def test_the_card_is_made_from_the_facts_and_names_the_repository(checkpoint, tmp_path):
+    CardFacts(license="apache-2.0").save(checkpoint)
+    assemble(checkpoint, tmp_path / "folder", repo_id="org/icae-tiny")
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert card == model_card(tmp_path / "folder")
+    assert "license: apache-2.0" in card and "org/icae-tiny" in card
+    assert CardFacts.load(tmp_path / "folder").repo_id == "org/icae-tiny"
+
+
+def test_a_card_of_the_checkpoint_s_own_is_kept(checkpoint, tmp_path):
+    (checkpoint / "README.md").write_text("# Mine\n")
+    assemble(checkpoint, tmp_path / "folder")
+    assert (tmp_path / "folder" / "README.md").read_text() == "# Mine\n"
+
+
+def test_the_adapter_names_the_base_and_its_revision_as_the_configuration_does(checkpoint, tmp_path):
+    config = json.loads((checkpoint / "config.json").read_text())
+    config |= {"base_model_name_or_path": "org/renamed", "base_model_revision": "v1"}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assemble(checkpoint, tmp_path / "folder")
+    adapter = json.loads((tmp_path / "folder" / "adapter" / "adapter_config.json").read_text())
+    assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("org/renamed", "v1")
+
+
+def test_a_checkpoint_without_a_tokenizer_gets_the_given_one(checkpoint, tokenizer, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (checkpoint / name).unlink()
+    with pytest.raises(ValueError, match=r"Expected a tokenizer in .* got none; give the base's as `tokenizer`"):
+        assemble(checkpoint, tmp_path / "folder")
+    assemble(checkpoint, tmp_path / "folder", tokenizer=tokenizer)
+    assert files(tmp_path / "folder") == LAYOUT
+    found = AutoTokenizer.from_pretrained(tmp_path / "folder")
+    assert found("a b")["input_ids"] == tokenizer("a b")["input_ids"]
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"Expected a saved ICAE in the folder .*, but icae_slots.safetensors, adapter"
+    ):
+        assemble(tmp_path, tmp_path / "folder")
+
+
+# ------------------------------------------------------------------------------------------------------------ check
+
+
+def change_config(folder: Path, **values):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def change_adapter(folder: Path, **values):
+    file = folder / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def append(name: str, text: str):
+    def change(folder: Path):
+        (folder / name).write_text((folder / name).read_text() + text)
+
+    return change
+
+
+def write(name: str, content: bytes = b"{}"):
+    def change(folder: Path):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+
+    return change
+
+
+def fill(name: str, size: int):
+    """A safetensors file that loads but holds a tensor too many."""
+
+    def change(folder: Path):
+        save_file(load_file(folder / name) | {"base": torch.zeros(size)}, folder / name)
+
+    return change
+
+
+TOKEN = "hf_" + "a1B2c3D4" * 4
+REFUSALS = {
+    "pickle": (write("training_args.bin"), "Expected no pickles, .* got training_args.bin; remove"),
+    "pickle below": (
+        write("last-checkpoint/optimizer.pt"),
+        "Expected no pickles, .* got last-checkpoint/optimizer.pt",
+    ),
+    "root adapter": (
+        write("adapter_config.json"),
+        r"Expected no 'adapter_config.json' at the root, got one: .* bare base .* 'adapter/adapter_config.json'",
+    ),
+    "missing": (lambda folder: (folder / "README.md").unlink(), "Expected the whole layout, but README.md is missing"),
+    "undeclared": (write("notes.txt"), "Expected only files of an ICAE and its tokenizer, got also notes.txt; remove"),
+    "undeclared below": (write("adapter/model.safetensors"), "got also adapter/model.safetensors; remove"),
+    "other code": (
+        append("modeling_icae.py", "\n# changed\n"),
+        "Expected 'modeling_icae.py' to be this package's file byte for byte, got another one; assemble",
+    ),
+    "local base": (
+        lambda folder: change_config(folder, base_model_name_or_path="/data/models/llama"),
+        r"Expected `base_model_name_or_path` to be the Hub id of the base, .* got '/data/models/llama', .* Set it in",
+    ),
+    "no base": (lambda folder: change_config(folder, base_model_name_or_path=None), "Hub id of the base, .* got None"),
+    "two bases": (
+        lambda folder: change_adapter(folder, base_model_name_or_path="org/other"),
+        "Expected one base in both configurations, got 'org/tiny-base' in 'config.json' and 'org/other'",
+    ),
+    "path": (
+        lambda folder: change_adapter(folder, trained_in="/data/runs/7"),
+        "Expected no paths of this machine, got '/data/runs/7' in 'adapter/adapter_config.json'; give",
+    ),
+    "home": (lambda folder: change_config(folder, data="~/corpus"), "got '~/corpus' in 'config.json'"),
+    "path within": (
+        lambda folder: change_config(folder, sources=[{"name": "C:\\data\\x"}]),
+        r"got 'C:\\\\data\\\\x' in 'config.json'",
+    ),
+    "path in the card": (
+        append("README.md", "\nTrained on /data/books/a.txt."),
+        "got '/data/books/a.txt.' in 'README",
+    ),
+    "token in the card": (
+        append("README.md", f"\nexport HF_TOKEN={TOKEN}\n"),
+        "Expected no secrets, got what looks like a Hugging Face token in 'README.md' .hf_a1B2c….; remove it there",
+    ),
+    "key in a configuration": (
+        lambda folder: change_config(folder, key="AKIA" + "A1B2" * 4),
+        "got what looks like an AWS key in 'config.json'",
+    ),
+    "private key": (
+        append("chat_template.jinja", "-----BEGIN RSA PRIVATE KEY-----"),
+        "got what looks like a private key in 'chat_template.jinja'",
+    ),
+    "whole base": (
+        fill("icae_slots.safetensors", 300_000),
+        r"Expected 'icae_slots.safetensors' to take at most [\d,]+ bytes, as the configuration says, got 1,2",
+    ),
+    "large adapter": (
+        fill("adapter/adapter_model.safetensors", 300_000),
+        "'adapter/adapter_model.safetensors' to take",
+    ),
+    "large card": (append("README.md", "x" * 1_000_001), "'README.md' to take at most 1,000,000 bytes"),
+    "large tokenizer": (write("vocab.json", b" " * 1_200_000), "'vocab.json' to take at most 1,101,000 bytes"),
+    "no text_config": (lambda folder: change_config(folder, text_config=None), "describes the base in `text_config`"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSALS.values(), ids=REFUSALS)
+def test_what_must_not_leave_is_refused(folder, change, message):
+    change(folder)
+    with pytest.raises(ValueError, match=message):
+        check(folder)
+
+
+def test_nothing_is_taken_for_a_path_or_a_secret_that_is_none(folder):
+    change_config(folder, note="keys/values, 4/1", template="</s>", url="https://example.org/data/x", ratio="1/2")
+    append(
+        "README.md", "\nSee https://huggingface.co/org/data/tree/main and `results/answers.json`; sk-learn, hf_hub."
+    )(folder)
+    check(folder)
+
+
+def test_a_folder_of_the_same_name_is_not_the_hub_s_base(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_base_id(model.config)
+    Path(BASE).mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"got '{BASE}', which others cannot load"):
+        check_base_id(model.config)
+
+
+# ----------------------------------------------------------------------------------------------------------- verify
+
+
+def test_another_model_s_folder_is_refused(model, folder):
+    with torch.no_grad():
+        model.memory_embeddings.add_(1)
+    with pytest.raises(ValueError, match=r"Expected the folder to be the live model \(fingerprint \w+\), got another"):
+        verify(folder, model)
+
+
+def test_a_folder_that_does_not_load_elsewhere_is_refused(model, folder):
+    (folder / "memory_icae.py").write_text("from icae.modeling_icae.memory_icae import *\n")
+    with pytest.raises(ValueError, match=r"Expected the folder to load in a fresh process .* but: .*No module named"):
+        verify(folder, model)
+
+
+def test_code_that_computes_something_else_is_refused(model, folder):
+    code = (folder / "modeling_icae.py").read_text()
+    changed = code.replace("self.get_input_embeddings()(ids)", "self.get_input_embeddings()(ids) + 0.1")
+    assert changed != code
+    (folder / "modeling_icae.py").write_text(changed)
+    with pytest.raises(ValueError, match="Expected the same slots from the folder as from the live model, got others"):
+        verify(folder, model)
+
+
+def test_a_folder_that_is_the_live_model_is_verified_and_leaves_it_as_it_was(model, folder):
+    model.train()
+    verify(folder, model)
+    assert model.training and any(parameter.requires_grad for parameter in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------ icae push
+
+
+def test_a_dry_run_shows_the_files_and_the_card(checkpoint, base_folder, capsys):
+    command = ["push", str(checkpoint), "org/icae-tiny", "--base", base_folder, "--dry-run"]
+    assert main(command) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    listed = dict(re.findall(r"^[0-9a-f]{64} +([\d,]+)  (.+)$", printed, re.MULTILINE))
+    assert set(re.findall(r"^[0-9a-f]{64} +[\d,]+  (.+)$", printed, re.MULTILINE)) == LAYOUT and listed
+    assert printed.rstrip().endswith(printed.split("\n---\n", 1)[1].rstrip())
+    assert "org/icae-tiny" in printed
+
+
+def test_push_names_a_folder_that_is_no_checkpoint(tmp_path, capsys):
+    assert main(["push", str(tmp_path), "org/x"]) == 2
+    assert "Expected CHECKPOINT to be the folder of a saved ICAE" in capsys.readouterr().err
+
+
+def test_a_model_on_a_local_base_is_not_pushed(make_icae, base_folder):
+    model = make_icae(base=AutoModelForCausalLM.from_pretrained(base_folder))
+    with pytest.raises(ValueError, match=r"Expected the Hub id of the base in `model.config.base_model_name_or_path`"):
+        model.push_to_hub("org/icae-tiny")
+
+
+def test_a_loaded_checkpoint_is_assembled_from_its_own_files(checkpoint, base_folder, tmp_path):
+    """A folder that was assembled is itself a checkpoint, and assembling it again changes nothing."""
+    assemble(checkpoint, tmp_path / "first")
+    assemble(tmp_path / "first", tmp_path / "second")
+    assert files(tmp_path / "second") == LAYOUT
+    for name in LAYOUT - {"icae_card.json"}:
+        assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "first" / name).read_bytes(), name
+    shutil.rmtree(checkpoint)
+    loaded = ICAEForConditionalGeneration.from_pretrained(tmp_path / "second", base_model=base_folder)
+    assert loaded.config.base_model_name_or_path == BASE

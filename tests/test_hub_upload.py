@@ -1,0 +1,388 @@
+"""All ways onto the Hub end in the same repository, against a Hub on this machine."""
+
+import functools
+import shutil
+from importlib import import_module
+
+import pytest
+import torch
+from datasets import Dataset
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from transformers import AutoModelForCausalLM
+
+from hub_server import BASE, LAYOUT, HubServer, Repository, contents
+from icae import ICAEForConditionalGeneration
+from icae.cli import main
+from icae.hub_upload import assemble, upload
+from icae.hub_upload.layout import WEIGHTS
+from icae.model_cards import CardFacts
+from icae.trainers import ICAEPretrainingConfig, ICAEPretrainingTrainer
+from tiny import SHORT_RUN, make_base
+
+
+UPLOAD = import_module("icae.hub_upload.upload")  # the module, not the function
+REPO = "org/icae-tiny"
+DOCUMENTS = Dataset.from_dict({"text": ["The lighthouse keeper had not spoken to anyone since October."] * 12})
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub that this process is logged in to."""
+    with HubServer() as server:
+        server.log_in(monkeypatch)
+        yield server
+
+
+@pytest.fixture
+def verified(monkeypatch, hub):
+    """Takes the place of the verification, which has its own tests; keeps how many requests had been made before."""
+    requests_before: list[int] = []
+
+    def verify(folder, model, base=None):
+        assert set(contents(folder)) == LAYOUT
+        requests_before.append(len(hub.requests))
+
+    monkeypatch.setattr(UPLOAD, "verify", verify)
+    monkeypatch.setattr("icae.trainers.icae_trainer.verify", verify)
+    return requests_before
+
+
+@pytest.fixture
+def base_folder(tmp_path, tokenizer):
+    make_base().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+@pytest.fixture
+def make_model(make_icae, base_folder):
+    """Makes a model whose base lies in a folder and is known by its name on the Hub."""
+    return lambda: make_icae(base=AutoModelForCausalLM.from_pretrained(base_folder), base_model_name_or_path=BASE)
+
+
+@pytest.fixture
+def make_trainer(make_model, tmp_path):
+    def make(folder="run", **options):
+        options = {"output_dir": str(tmp_path / folder), "per_device_train_batch_size": 4, "max_steps": 3} | options
+        return ICAEPretrainingTrainer(make_model(), ICAEPretrainingConfig(**(SHORT_RUN | options)), DOCUMENTS)
+
+    return make
+
+
+@pytest.fixture
+def checkpoint(make_model, tmp_path):
+    make_model().save_pretrained(tmp_path / "checkpoint", with_code=False)
+    return tmp_path / "checkpoint"
+
+
+@pytest.fixture
+def folder(checkpoint, tmp_path):
+    assemble(checkpoint, tmp_path / "folder", repo_id=REPO)
+    return tmp_path / "folder"
+
+
+def published(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Without what the Hub itself puts into a new repository."""
+    return {name: content for name, content in files.items() if name != ".gitattributes"}
+
+
+# ------------------------------------------------------------------------------------------------------ the three ways
+
+
+def test_the_command_uploads_the_whole_layout_in_one_commit(hub, verified, checkpoint, base_folder, folder, capsys):
+    assert main(["push", str(checkpoint), REPO, "--base", base_folder]) == 0
+    repository = hub.repositories[REPO]
+    assert repository.messages == ["initial commit", "Upload ICAE"] and not repository.private
+    assert published(repository.files()) == contents(folder)
+    assert verified == [0], "nothing is sent before the verification"
+    assert capsys.readouterr().out.strip() == f"{hub.url}/{REPO}/commit/{repository.refs['main']}"
+
+
+def test_a_model_uploads_the_same_files_in_one_commit(hub, verified, make_model, folder):
+    make_model().push_to_hub(REPO)
+    repository = hub.repositories[REPO]
+    assert repository.messages == ["initial commit", "Upload ICAE"] and verified == [0]
+    found, expected = published(repository.files()), contents(folder)
+    assert set(found) == LAYOUT
+    for name in LAYOUT - {"icae_card.json", "README.md"}:  # a folder has a name for the card
+        assert found[name] == expected[name], name
+
+
+def test_a_trainer_uploads_the_same_layout_in_one_commit(hub, verified, make_trainer, tmp_path):
+    trainer = make_trainer(push_to_hub=True, hub_model_id=REPO, hub_strategy="end", save_steps=2)
+    trainer.train()
+    assert hub.repositories[REPO].messages == ["initial commit"], "the strategy `end` waits for the end"
+    commit = trainer.push_to_hub()
+    repository = hub.repositories[REPO]
+    assert repository.messages == ["initial commit", "End of training"] and len(verified) == 1
+    assert commit.oid == repository.refs["main"]
+    found = published(repository.files())
+    assert set(found) == LAYOUT
+    assert b"ICAE pretraining" in found["README.md"] and REPO.encode() in found["README.md"]
+    trainer.model.save_pretrained(tmp_path / "live")
+    for name in WEIGHTS:
+        assert found[name] == (tmp_path / "live" / name).read_bytes()
+
+
+def test_saving_a_trainer_s_model_pushes_it(hub, verified, make_trainer):
+    trainer = make_trainer(push_to_hub=True, hub_model_id=REPO, hub_strategy="end", hub_private_repo=True)
+    trainer.save_model()
+    repository = hub.repositories[REPO]
+    assert repository.messages == ["initial commit", "Model save"] and repository.private
+    assert set(published(repository.files())) == LAYOUT
+
+
+def test_a_trainer_without_the_option_pushes_when_it_is_told_to(hub, verified, make_trainer):
+    job = make_trainer("icae-run").push_to_hub("First", blocking=False, private=True, revision="try")
+    assert job.result().commit_message == "First"
+    repository = hub.repositories["tester/icae-run"]
+    assert repository.private and set(published(repository.files("try"))) == LAYOUT
+    assert published(repository.files()) == {}
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
+def test_every_push_of_a_checkpoint_is_the_whole_layout(hub, make_trainer, tmp_path, strategy):
+    options = {"push_to_hub": True, "hub_model_id": REPO, "hub_strategy": strategy, "hub_always_push": True}
+    trainer = make_trainer(save_steps=1, hub_token="hf_tester", **options)
+    trainer.train()
+    repository = hub.repositories[REPO]
+    assert repository.messages[1:] == [f"Training in progress, step {step}" for step in (1, 2, 3)]
+    for step, files in zip((1, 2, 3), list(repository.commits.values())[1:], strict=True):
+        saved = contents(tmp_path / "run" / f"checkpoint-{step}")
+        assert all(files[name] == saved[name] for name in WEIGHTS)
+        states = {
+            "every_save": [],
+            "checkpoint": [("last-checkpoint", step)],
+            "all_checkpoints": [(f"checkpoint-{number}", number) for number in range(1, step + 1)],
+        }
+        expected = set(LAYOUT)
+        for name, number in states[strategy]:
+            kept = contents(tmp_path / "run" / f"checkpoint-{number}")
+            del kept["training_args.bin"]  # holds the token
+            assert {f"{name}/{file}": content for file, content in kept.items()}.items() <= files.items()
+            expected |= {f"{name}/{file}" for file in kept}
+        assert set(published(files)) == expected
+        assert b"hf_tester" not in b"".join(files.values())
+
+
+def test_a_run_goes_on_exactly_from_a_pushed_checkpoint(hub, make_trainer, tmp_path):
+    options = {"push_to_hub": True, "hub_model_id": REPO, "hub_strategy": "checkpoint", "max_steps": 4}
+    unbroken = make_trainer("unbroken", save_steps=2, hub_always_push=True, **options)
+    unbroken.train()
+    files = list(hub.repositories[REPO].commits.values())[1]
+    for name, content in files.items():
+        (tmp_path / "downloaded" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "downloaded" / name).write_bytes(content)
+    resumed = make_trainer("resumed", max_steps=4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "downloaded" / "last-checkpoint"))
+    for name, weight in resumed.model.trainable_parameters().items():
+        assert torch.equal(weight, unbroken.model.trainable_parameters()[name]), name
+
+
+def test_training_goes_on_when_a_push_of_a_checkpoint_fails(hub, make_trainer, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("icae.trainers.icae_trainer.logger.warning", warnings.append)
+    options = {"push_to_hub": True, "hub_model_id": REPO, "hub_always_push": True, "save_steps": 1}
+    trainer = make_trainer(**options)
+    hub.cut_at = len(hub.requests) + 1
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert len(warnings) == 3 and all("the checkpoint is only in `output_dir`" in text for text in warnings)
+    assert hub.repositories[REPO].messages == ["initial commit"]
+
+
+def test_a_run_on_a_local_base_is_refused_before_it_starts(hub, make_icae, base_folder, tmp_path):
+    model = make_icae(base=AutoModelForCausalLM.from_pretrained(base_folder))
+    args = ICAEPretrainingConfig(output_dir=str(tmp_path / "run"), **SHORT_RUN, push_to_hub=True, hub_model_id=REPO)
+    with pytest.raises(ValueError, match="Expected `base_model_name_or_path` to be the Hub id of the base"):
+        ICAEPretrainingTrainer(model, args, DOCUMENTS)
+    assert hub.repositories == {}
+
+
+@pytest.mark.parametrize("way", ["command", "model"])
+def test_nothing_is_sent_of_what_is_refused(hub, checkpoint, base_folder, make_model, monkeypatch, way):
+    def refuse(*args, **kwargs):
+        raise ValueError("another model")
+
+    monkeypatch.setattr(UPLOAD, "verify", refuse)
+    if way == "command":
+        assert main(["push", str(checkpoint), REPO, "--base", base_folder]) == 2
+    else:
+        with pytest.raises(ValueError, match="another model"):
+            make_model().push_to_hub(REPO)
+    assert hub.requests == []
+
+
+def test_what_a_folder_says_of_a_model_is_said_again_as_long_as_it_holds(hub, verified, checkpoint, base_folder):
+    CardFacts(license="apache-2.0", language=["en"]).save(checkpoint)
+    load = functools.partial(ICAEForConditionalGeneration.from_pretrained, checkpoint, base_model=base_folder)
+    load().push_to_hub("org/loaded")
+    load(is_trainable=True).push_to_hub("org/perhaps-changed")
+    assert b"license: apache-2.0" in hub.repositories["org/loaded"].files()["README.md"]
+    assert b"license: apache-2.0" not in hub.repositories["org/perhaps-changed"].files()["README.md"]
+
+
+def test_a_name_without_an_owner_is_the_user_s_and_the_card_gives_it_in_full(hub, verified, make_model):
+    make_model().push_to_hub("icae-tiny")
+    assert b'"tester/icae-tiny"' in hub.repositories["tester/icae-tiny"].files()["README.md"]
+
+
+# ------------------------------------------------------------------------------------------------------------ options
+
+
+def test_a_private_repository_is_made_private(hub, verified, checkpoint, base_folder):
+    assert main(["push", str(checkpoint), REPO, "--base", base_folder, "--private"]) == 0
+    assert hub.repositories[REPO].private
+
+
+def test_what_should_be_private_does_not_go_to_a_public_repository(hub, folder):
+    hub.put(REPO, {"notes.md": b"public"})
+    with pytest.raises(ValueError, match=f"Expected a private repository, got '{REPO}', which is there and public"):
+        upload(folder, REPO, private=True)
+    assert published(hub.repositories[REPO].files()) == {"notes.md": b"public"}
+
+
+def test_a_pull_request_leaves_the_main_branch_alone(hub, verified, checkpoint, base_folder, folder, capsys):
+    hub.put(REPO, {"notes.md": b"mine"})
+    assert main(["push", str(checkpoint), REPO, "--base", base_folder, "--create-pr"]) == 0
+    repository = hub.repositories[REPO]
+    assert published(repository.files()) == {"notes.md": b"mine"}
+    assert published(repository.files("refs/pr/1")) == contents(folder) | {"notes.md": b"mine"}
+    assert capsys.readouterr().out.strip() == f"{hub.url}/{REPO}/discussions/1"
+
+
+def test_a_branch_is_made_and_the_main_branch_left_alone(hub, verified, checkpoint, base_folder, folder):
+    for _ in range(2):  # there the second time
+        assert main(["push", str(checkpoint), REPO, "--base", base_folder, "--revision", "v2"]) == 0
+    repository = hub.repositories[REPO]
+    assert published(repository.files()) == {}
+    assert published(repository.files("v2")) == contents(folder)
+
+
+def test_an_upload_that_fails_is_told_in_words(hub, verified, checkpoint, base_folder, capsys):
+    for hub.cut_at in (1, 5):  # the first request, the upload of weights
+        assert main(["push", str(checkpoint), REPO, "--base", base_folder]) == 2
+        assert "Expected the Hub to take the upload, got: " in (printed := capsys.readouterr().err)
+        assert "online and logged in" in printed
+        hub.requests.clear()
+
+
+def test_the_command_needs_the_whole_name_of_a_repository(hub, verified, checkpoint, capsys):
+    assert main(["push", str(checkpoint), "icae-tiny"]) == 2
+    assert "Expected the whole name of a repository, ORG/NAME, got 'icae-tiny'" in capsys.readouterr().err
+
+
+def test_who_is_not_logged_in_is_told_so(hub, verified, checkpoint, base_folder, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    assert main(["push", str(checkpoint), REPO, "--base", base_folder]) == 2
+    assert "Expected the Hub to take the upload, got: Client error '401" in capsys.readouterr().err
+    assert hub.repositories == {}
+
+
+# ----------------------------------------------------------------------------- what is there already, interruptions
+
+
+STALE = [
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter/adapter_model.bin",
+    "model.safetensors",
+    "model-00001-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "training_args.bin",
+    "optimizer.pt",
+    "rng_state_0.pth",
+    "trainer_state.json",
+    "vocab.json",
+    "special_tokens_map.json",
+]
+OWN = ["notes.md", "images/curve.png", "voices.pt", "examples/adapter_config.json", "train_icae.py", "onnx/model.bin"]
+
+
+def test_what_other_layouts_left_is_deleted_and_the_user_s_own_files_stay(hub, folder):
+    hub.put(REPO, dict.fromkeys(STALE, b"old") | dict.fromkeys(OWN, b"mine"))
+    upload(folder, REPO)
+    repository = hub.repositories[REPO]
+    assert published(repository.files()) == contents(folder) | dict.fromkeys(OWN, b"mine")
+    assert repository.messages[-2:] == ["by hand", "Upload ICAE"], "in the same commit"
+
+
+def test_a_repeated_push_changes_nothing_and_one_of_another_model_only_what_differs(hub, folder):
+    first = upload(folder, REPO)
+    requests = len(hub.requests)
+    assert upload(folder, REPO).oid == first.oid
+    assert not any(request.startswith("PUT") or "/commit/" in request for request in hub.requests[requests:])
+    assert len(hub.repositories[REPO].commits) == 2
+    (folder / "icae_slots.safetensors").write_bytes(b"other slots")
+    upload(folder, REPO)
+    assert published(hub.repositories[REPO].files()) == contents(folder)
+    assert sum(request.startswith("PUT") for request in hub.requests) == 3, "two files of weights, then one"
+
+
+def test_a_commit_of_somebody_else_in_between_is_not_overwritten(hub, folder, monkeypatch):
+    hub.put(REPO, {"notes.md": b"old"})
+    preupload = HfApi.preupload_lfs_files
+
+    def meanwhile(*args, **kwargs):
+        hub.put(REPO, {"notes.md": b"new"})
+        return preupload(*args, **kwargs)
+
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", meanwhile)
+    with pytest.raises(HfHubHTTPError, match="A commit has happened since"):
+        upload(folder, REPO)
+    assert published(hub.repositories[REPO].files()) == {"notes.md": b"new"}
+
+
+@pytest.mark.parametrize("cut_late", [False, True], ids=["request lost", "answer lost"])
+@pytest.mark.parametrize("options", [{}, {"revision": "v2"}, {"create_pr": True}], ids=["main", "branch", "pr"])
+def test_an_upload_cut_at_any_request_leaves_the_old_version_or_the_new_one(hub, folder, tmp_path, options, cut_late):
+    old = contents(folder) | dict.fromkeys(STALE, b"old") | dict.fromkeys(OWN, b"mine")
+    shutil.copytree(folder, tmp_path / "new")
+    for name in (*WEIGHTS, "modeling_icae.py", "config.json"):
+        (tmp_path / "new" / name).write_bytes(b"new " + name.encode())
+    new = contents(tmp_path / "new") | dict.fromkeys(OWN, b"mine")
+
+    def start_again():
+        hub.repositories[REPO] = Repository()
+        hub.put(REPO, old)
+        hub.blobs.clear()
+        hub.requests.clear()
+        hub.cut_at = None
+
+    start_again()
+    upload(tmp_path / "new", REPO, **options)
+    number = len(hub.requests)
+    assert number >= 7 and sum(request.startswith("PUT") for request in hub.requests) == 2
+    versions = []
+    for request in range(1, number + 1):
+        start_again()
+        hub.cut_at, hub.cut_late = request, cut_late
+        with pytest.raises((HTTPError, RuntimeError)):
+            upload(tmp_path / "new", REPO, **options)
+        refs = {ref: published(hub.repositories[REPO].files(ref)) for ref in hub.repositories[REPO].refs}
+        assert all(files in (old, new) for files in refs.values()), request
+        assert refs["main"] == old or not options, "only a push to it may change the main branch"
+        versions.append(new in refs.values())
+        hub.cut_at = None
+        commit = upload(tmp_path / "new", REPO, **options)
+        assert published(hub.repositories[REPO].files(commit.oid)) == new
+    # Only the commit itself makes the new version, and only when it got through.
+    assert versions == [False] * (number - 1) + [cut_late]
+
+
+def test_a_first_upload_cut_at_any_request_leaves_an_empty_repository_or_a_whole_one(hub, folder):
+    upload(folder, REPO)
+    number = len(hub.requests)
+    for request in range(1, number + 1):
+        hub.repositories.clear()
+        hub.blobs.clear()
+        hub.requests.clear()
+        hub.cut_at, hub.cut_late = request, True
+        with pytest.raises((HTTPError, RuntimeError)):
+            upload(folder, REPO)
+        for repository in hub.repositories.values():
+            assert published(repository.files()) == ({} if request < number else contents(folder))
+        hub.cut_at = None
+        upload(folder, REPO)
+        assert published(hub.repositories[REPO].files()) == contents(folder)
