@@ -27,10 +27,12 @@ Each reader's answers are kept in a file of their own in a folder beside the out
 again, be it after an interruption, for more rows, or for another checkpoint on the same base.
 """
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,6 +103,10 @@ def main(argv: list[str] | None = None) -> None:
         "by_source": {name: means(found) for name, found in measured.items()},
         "examples": examples(answers, rows),
     }
+    if (
+        arguments.tuned and (file := Path(arguments.tuned, "tuned_on.json")).is_file()
+    ):  # an adapter of another's has none
+        record["tuned_on"] = json.loads(file.read_text())
     write_record(arguments.output, record, command=command_line(parser, argv))
     for name, found in summary.items():
         print(f"{name:20s} F1 {found['f1']:.3f}  loss {found['loss']:.3f}")

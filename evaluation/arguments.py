@@ -14,7 +14,7 @@ from typing import Any
 
 from icae.cli import load_model
 from icae.evaluation.readers import Reader, SlotReader
-from icae.evaluation.record import current_commit, write_record
+from icae.evaluation.record import current_commit, without_folders, write_record
 from icae.modeling_icae import ICAEForConditionalGeneration
 
 
@@ -54,12 +54,6 @@ def named_models(arguments: argparse.Namespace) -> Iterator[tuple[str, ICAEForCo
     for model in arguments.models or ["embedded="]:
         name, _, folder = model.rpartition("=")
         yield name or Path(folder).name, load_model(folder or None, arguments.base, arguments.dtype)
-
-
-def without_folders(word: str) -> str:
-    """A word of a command line as a record holds it: of paths out of the working folder only the last name."""
-    name, equals, path = word.rpartition("=")
-    return name + equals + (Path(path).name if path.startswith(("/", "~", "..")) else path)
 
 
 def recorded(arguments: argparse.Namespace) -> dict[str, Any]:

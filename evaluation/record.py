@@ -32,6 +32,12 @@ def write_record(path: str | Path, numbers: dict[str, Any], *, command: str | No
     Path(path).write_text(json.dumps(record, indent=1) + "\n")
 
 
+def without_folders(word: str) -> str:
+    """A word of a command line as a record holds it: of paths out of the working folder only the last name."""
+    name, equals, path = word.rpartition("=")
+    return name + equals + (Path(path).name if path.startswith(("/", "~", "..")) else path)
+
+
 def current_commit() -> str | None:
     """The commit that this package is at; `None` where it is no git checkout."""
     return _git("rev-parse", "HEAD")
@@ -52,7 +58,7 @@ def hardware() -> dict[str, Any]:
 
 def _command() -> list[str]:
     module = getattr(sys.modules["__main__"].__spec__, "name", None) or Path(sys.argv[0]).name
-    return [module, *sys.argv[1:]]
+    return [module, *map(without_folders, sys.argv[1:])]
 
 
 def _git(*arguments: str) -> str | None:

@@ -120,6 +120,7 @@ def answers(record: Record) -> str:
         )
     if tools := [name for name in ("LLMLingua", "kvpress") if name in record["summary"]]:
         reads += f",\nor what {' and '.join(tools)} leave of it"
+    tuned_on = f"{record['tuned_on']['triples']:,} triples" if "tuned_on" in record else "data of the same kind"
     return f"""\
 **Answers from the slots**: {record["rows"]} held-out prompts of {len(record["by_source"]["icae"])} sources,
 {record["context_tokens"]:,} context tokens in {record["slots"]:,} slots ([answers.json](results/answers.json)):
@@ -127,7 +128,7 @@ def answers(record: Record) -> str:
 {table(["answers from", *ANSWERS.values()], rows)}
 
 {reads}; "tuned" is a LoRA of
-the same size, tuned on data of the same kind with the full context ([how long](results/README.md)).{intervals}
+the same size, tuned on {tuned_on} with the full context ([how long](results/README.md)).{intervals}
 """
 
 
@@ -183,8 +184,8 @@ def probes(record: Record) -> str:
             rows.append([f"{name}, {reading}", *(f"{row['accuracy']:.0%}" for row in kinds.values())])
     (low, high) = next(iter(record["models"].values()))["readers"]["icae"]["all"]["interval"]
     return f"""\
-**Which facts survive**: is the true answer likelier than the same with another value? {record["texts"]} generated
-texts, chance is 50% ([probes.json](results/probes.json)):
+**Which facts survive**: is the true answer likelier than the same with another value? {record["texts"]}
+{"generated and real" if record["data"] else "generated"} texts, chance is 50% ([probes.json](results/probes.json)):
 
 {table(["", *kinds], rows)}
 

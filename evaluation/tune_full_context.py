@@ -1,16 +1,21 @@
 """
 The baseline that is tuned like an ICAE: `python -m icae.evaluation.tune_full_context --config FILE.yaml --tuned OUT`.
 
-A LoRA of the same size, on the same triples in the same chat format and order, but the decoder reads the whole
-context. Takes the arguments of `icae sft`; the trainer is TRL's.
+A LoRA of the same size, on the same triples in the same chat format, with the loss on the response alone, but the
+decoder reads the whole context. Takes the arguments of `icae sft`; the trainer is TRL's.
+
+A row is one triple here, while one of an ICAE holds up to `max_prompts` of them and a share trains reconstruction:
+choose `max_steps` for as many triples. How many there were stands in `tuned_on.json` beside the adapter.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer, TrlParser
 
+from icae.evaluation.record import write_record
 from icae.trainers import ICAESFTConfig, prepare_sft_dataset
 from icae.trainers.scripts import ICAEArguments, load_data, load_model
 from icae.trainers.sft import SFTArguments
@@ -18,8 +23,9 @@ from icae.trainers.sft import SFTArguments
 
 SHARED = [
     *("output_dir", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "max_steps", "warmup_steps", "seed"),
-    *("max_grad_norm", "adam_beta2", "per_device_train_batch_size", "per_device_eval_batch_size", "bf16", "use_cpu"),
-    *("eval_strategy", "eval_steps", "logging_steps", "report_to"),
+    *("max_grad_norm", "adam_beta1", "adam_beta2", "weight_decay", "optim", "num_train_epochs", "data_seed"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "bf16", "use_cpu"),
+    *("train_sampling_strategy", "eval_strategy", "eval_steps", "logging_steps", "report_to"),
 ]
 
 
@@ -57,7 +63,13 @@ def main(argv: list[str] | None = None) -> None:
     trainer = SFTTrainer(
         # Loaded again: an ICAE's own copy holds its encoder's adapter, switched off by a flag that PEFT shares.
         model=AutoModelForCausalLM.from_pretrained(base.name_or_path, dtype=base.dtype),
-        args=SFTConfig(**options, max_length=None, save_strategy="no", gradient_checkpointing=False),
+        args=SFTConfig(
+            **options,
+            completion_only_loss=True,  # else TRL overlooks the mask of rows that are tokenised already
+            max_length=None,
+            save_strategy="no",
+            gradient_checkpointing=False,
+        ),
         train_dataset=prepare(train),
         eval_dataset=evaluation,
         processing_class=model.tokenizer,
@@ -71,6 +83,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     trainer.train()
     trainer.model.save_pretrained(script.tuned)
+    args = trainer.args
+    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    record = {
+        "what": "the baseline that is tuned on full contexts",
+        "steps": trainer.state.global_step,
+        "triples": trainer.state.global_step * rows,
+    }
+    write_record(Path(script.tuned, "tuned_on.json"), record)
 
 
 if __name__ == "__main__":

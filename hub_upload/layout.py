@@ -114,6 +114,8 @@ def assemble(
     adapter_config = PeftConfig.from_pretrained(checkpoint / ADAPTER_FOLDER)
     adapter_config.base_model_name_or_path = config.base_model_name_or_path
     adapter_config.revision = config.base_model_revision
+    if isinstance(adapter_config.target_modules, set):  # in no order of its own
+        adapter_config.target_modules = sorted(adapter_config.target_modules)
     adapter_config.save_pretrained(folder / ADAPTER_FOLDER)
 
     for name in (*WEIGHTS, "generation_config.json"):

@@ -4,10 +4,11 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from icae import ICAEForConditionalGeneration
 from icae.cli import main
+from icae.evaluation import tables
 from icae.evaluation.answers import choose_rows, number_of_slots
 from icae.evaluation.measures import exact_match, scores, token_f1
 from icae.evaluation.readers import SlotReader, TokenReader
@@ -82,7 +83,9 @@ def test_a_batch_of_answers_equals_one_by_one(saved):
             assert reader.answers(rows, 5) == [reader.answers([row], 5)[0] for row in rows]
 
 
-def test_icae_evaluate_answers_writes_every_condition_with_its_controls(saved):
+@pytest.fixture
+def tuning(saved):
+    """The arguments of a short run of the tuned baseline."""
     options = {
         "base_model": str(saved / "base"),
         "dtype": "float32",
@@ -99,7 +102,32 @@ def test_icae_evaluate_answers_writes_every_condition_with_its_controls(saved):
         "tuned": str(saved / "tuned"),
     }
     (saved / "config.yaml").write_text(yaml.dump(options))
-    tune(["--config", str(saved / "config.yaml")])
+    return ["--config", str(saved / "config.yaml")]
+
+
+def test_the_tuned_baseline_learns_the_response_alone_behind_the_whole_context(saved, tuning, monkeypatch):
+    batches = []
+
+    def read(trainer):
+        assert trainer.args.gradient_accumulation_steps == 3
+        batches.extend(trainer.get_train_dataloader())
+
+    monkeypatch.setattr("trl.SFTTrainer.train", read)
+    tune([*tuning, "--gradient_accumulation_steps", "3"])
+    decode = AutoTokenizer.from_pretrained(saved / "base").decode
+    texts = {
+        (decode(ids[labels == -100], skip_special_tokens=True), decode(ids[labels != -100]))
+        for batch in batches
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
+    }
+    asked = zip(TRIPLES["context"], TRIPLES["prompt"], TRIPLES["response"], strict=True)
+    assert texts == {
+        (f"user\n{context}\n\n{prompt}\nassistant\n", f"{response}</s>") for context, prompt, response in asked
+    }
+
+
+def test_icae_evaluate_answers_writes_every_condition_with_its_controls(saved, tuning):
+    tune(tuning)
     arguments = [
         "--model",
         str(saved / "icae"),
@@ -114,6 +142,8 @@ def test_icae_evaluate_answers_writes_every_condition_with_its_controls(saved):
     names = ["full context", "full context, tuned", "icae", "no context", "retrieved sentences", "summary"]
     assert sorted(record["summary"]) == [*names, "truncated context", "untrained slots"] and record["rows"] == 4
     assert record["by_source"]["icae"]["long"]["rows"] == 2
+    assert record["tuned_on"]["triples"] == 4  # two steps of two rows
+    assert "tuned on 4 triples" in tables.answers(record)
     losses = {name: row["loss"] for name, row in record["summary"].items()}
     assert len(set(losses.values())) == 8  # each condition is another one
 

@@ -101,10 +101,10 @@ def prepare_sft_dataset(
         for _, same in groupby(zip(indices, rows, strict=True), lambda pair: _context_of(pair[1])):
             neighbours = list(same)
             for first in range(0, len(neighbours), max_prompts):
-                (place, sample), *others = neighbours[first : first + max_prompts]
-                for name in ("prompt_ids", "response_ids"):
-                    sample = sample | {name: [*sample[name], *(ids for _, row in others for ids in row[name])]}
-                yield place, sample
+                gathered = neighbours[first : first + max_prompts]
+                place, sample = gathered[0]
+                lists = {name: [row[name][0] for _, row in gathered] for name in ("prompt_ids", "response_ids")}
+                yield place, sample | lists
 
     def mix(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         rows = []
