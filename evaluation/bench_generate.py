@@ -249,7 +249,13 @@ def memory_of(kind: str, ratio: str | None, batch: int, length: int, arguments) 
             command += [f"--{option}", value]
     if ratio is not None:
         command += ["--ratios", ratio.removesuffix("x")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+        raise ValueError(
+            f"Expected the peak memory of {kind!r} at {batch} x {length:,} tokens from a process of its own, which "
+            f"ended with status {done.returncode} (-9: out of memory); `--no-memory` leaves peaks out."
+        )
     return json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
 
 

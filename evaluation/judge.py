@@ -82,6 +82,7 @@ class Judge:
     def __init__(self, client: ChatClient, path: Path, attempts: int = 3):
         self.client, self.path, self.attempts = client, path, attempts
         self.known: dict[str, Line] = {line["request"]: line for line in read_lines(path)}
+        self.used: dict[str, Line] = {}  # of the known ones, those that this run has asked for
         self._lock = Lock()
 
     def verdict(self, pair: Pair) -> Line:
@@ -92,6 +93,7 @@ class Judge:
         """Asks for the verdicts that are not known yet."""
         todo = {self._key(pair): pair for pair in pairs}  # the same pair once
         in_parallel(self._ask, [pair for key, pair in todo.items() if key not in self.known], parallel, "verdicts")
+        self.used |= {key: self.known[key] for key in todo}
 
     def _ask(self, pair: Pair) -> None:
         key, messages = self._key(pair), self._messages(pair)
@@ -259,7 +261,8 @@ def main(argv: list[str] | None = None) -> None:
         results[name] = compare(judge, ours, other, rows, arguments.parallel)
         shown = {key: results[name][key] for key in ("win", "lose", "tie", "on_par")}
         print(f"{name:24s}", "  ".join(f"{key} {share:.1%}" for key, share in shown.items()))
-    tokens = {key: sum(row[f"{key}_tokens"] for row in results.values()) for key in ("prompt", "completion")}
+    # A pair that stands in several comparisons was asked once.
+    tokens = {key: sum(line[f"{key}_tokens"] for line in judge.used.values()) for key in ("prompt", "completion")}
     record = {
         "what": f"{ours.name} against other answers to the same prompts, in the eyes of a language model",
         "unit": "shares of the pairs, each judged in both orders; on par with a 95% interval (Wilson)",

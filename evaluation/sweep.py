@@ -52,7 +52,12 @@ def main(argv: list[str] | None = None) -> None:
             values = sweep["shared"].get(stage, {}) | run | {"output_dir": str(folder), "resume": "true"}
             command = [stage, *options, *(word for key, value in values.items() for word in as_words(key, value))]
             print("icae", *command, flush=True)
-            subprocess.run([sys.executable, "-m", "icae.cli", *command], check=True)
+            done = subprocess.run([sys.executable, "-m", "icae.cli", *command], check=False)
+            if done.returncode:
+                raise ValueError(
+                    f"Expected the run {name!r} to end well, got exit status {done.returncode}; its own message "
+                    "stands above. The same command goes on from here."
+                )
         if f'"eval_{sweep["loss"]}"' in (folder / "trainer_state.json").read_text():
             drawn.append(str(folder))
     shown = ["--loss", sweep["loss"], "--title", sweep["title"], "--output", sweep["output"]]

@@ -53,7 +53,7 @@ def embedded(record: Record) -> str:
 **The embedded checkpoint** (SmolLM2-135M-Instruct, 4x, trained on one CPU core) on held-out text of all kinds,
 {record["context_tokens"]:,} tokens in contexts of {contexts}
 ([reconstruction.json](results/reconstruction.json); learning curves: [first](results/embedded.png),
-[second](results/embedded-2.png) run, [tuning](results/sft.png)):
+[second](results/embedded-2.png) run, tuning: [first](results/sft.png), [second](results/sft-2.png) run):
 
 {losses}
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from icae.configuration_icae import ICAEConfig
+from icae.model_cards.facts import is_hub_id
 from icae.modeling_icae import ICAEForConditionalGeneration
 
 from .layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CODE, PICKLES, REQUIRED, TOKENIZER, WEIGHTS, files_of, matches
@@ -78,12 +78,7 @@ def check_base_id(config: ICAEConfig) -> None:
         `ValueError`: if `base_model_name_or_path` is no Hub id.
     """
     name = config.base_model_name_or_path
-    try:
-        validate_repo_id(name or "")
-        on_hub = not Path(name or "").exists()
-    except HFValidationError:
-        on_hub = False
-    if not on_hub:
+    if not is_hub_id(name):
         raise ValueError(
             f"Expected `base_model_name_or_path` to be the Hub id of the base, as in 'org/name', got {name!r}, which "
             "others cannot load. Set it in the checkpoint's config.json, or as `model.config.base_model_name_or_path` "
@@ -134,10 +129,7 @@ def _check_sizes(files: dict[str, Path], config: ICAEConfig) -> None:
 
 
 def _check_text(name: str, file: Path) -> None:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        return  # a SentencePiece model
+    text = file.read_text(encoding="utf-8", errors="replace")  # a SentencePiece model is none
     for what, pattern in SECRETS.items():
         if match := pattern.search(text):
             raise ValueError(

@@ -86,7 +86,8 @@ def assemble(
 
     Args:
         checkpoint (`str` or `Path`):
-            A folder as `save_pretrained` or a trainer wrote it. Its `README.md`, if it has one, is kept as the card.
+            A folder as `save_pretrained` or a trainer wrote it. A `README.md` in it that is not the generated one is
+            kept as the card.
         folder (`str` or `Path`):
             Where to put the files; made if missing.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
@@ -131,9 +132,12 @@ def assemble(
     text = json.dumps(described, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (folder / TOKENIZER_CONFIG_FILE).write_text(text, encoding="utf-8")
     facts = CardFacts.load(checkpoint)
-    facts.name, facts.repo_id = facts.name or checkpoint.resolve().name, repo_id or facts.repo_id
+    facts.name = facts.name or checkpoint.resolve().name
+    if repo_id not in (None, facts.repo_id):
+        facts.repo_id, facts.revision = repo_id, None  # a commit of another repository is none of this one
     facts.save(folder)
-    if (checkpoint / "README.md").is_file():
-        shutil.copyfile(checkpoint / "README.md", folder / "README.md")
+    card = checkpoint / "README.md"
+    if card.is_file() and card.read_text(encoding="utf-8") != model_card(checkpoint):
+        shutil.copyfile(card, folder / "README.md")
     else:
         (folder / "README.md").write_text(model_card(folder), encoding="utf-8")

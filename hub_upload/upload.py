@@ -79,8 +79,8 @@ def push_model(model: ICAEForConditionalGeneration, repo_id: str, **kwargs) -> C
     with tempfile.TemporaryDirectory() as checkpoint:
         model.save_pretrained(checkpoint)
         if not any(parameter.requires_grad for parameter in model.parameters()):
-            # As it was loaded, so that what its folder says of it still holds.
-            CardFacts.load(model.name_or_path).save(checkpoint)
+            # As it was loaded, so that what was said of it there still holds.
+            CardFacts.of(model).save(checkpoint)
         return push(checkpoint, repo_id, model=model, **kwargs)
 
 
@@ -140,9 +140,9 @@ def upload(
         # A trainer's arguments hold the token, and are not needed to resume.
         state = {name: file for name, file in files_of(subfolder).items() if name != TRAINING_ARGUMENTS}
         files |= {f"{path}/{name}": file for name, file in state.items()}
-    patterns = STALE | {f"{path}/*" for path in subfolders or ()}
+    replaced = tuple(f"{path}/" for path in subfolders or ())
     there = {sibling.rfilename for sibling in info.siblings or ()}
-    stale = {name for name in there - set(files) if matches(name, patterns)}
+    stale = {name for name in there - set(files) if matches(name, STALE) or name.startswith(replaced)}
     return api.create_commit(
         repo_id,
         [

@@ -24,7 +24,7 @@ class CardCallback(TrainerCallback):
     """
     Writes `icae_card.json` beside each checkpoint and into `output_dir`, and at the end the card itself.
 
-    The stages of the checkpoint that a run goes on from are carried over from its folder. What a trainer cannot know
+    The stages of the checkpoint that a run goes on from are carried over. What a trainer cannot know
     can be set before training:
 
     ```python
@@ -52,7 +52,7 @@ class CardCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self._start, self._seconds, self._final = time.monotonic(), 0.0, None
         source = self.trainer.model.name_or_path
-        self._earlier = CardFacts.load(source) if source else CardFacts()
+        self._earlier = CardFacts.of(self.trainer.model)
         self._started_from = None
         if source and not self._earlier.stages:
             self._started_from = Path(source).name if Path(source).is_dir() else source

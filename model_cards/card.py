@@ -14,13 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from icae.configuration_icae import ICAEConfig
+from icae.embedded import EMBEDDED_BASE_CODE, EMBEDDED_BASE_FINGERPRINT
 from icae.modeling_icae import ICAEForConditionalGeneration
 
-from .facts import CardFacts, Evaluation, TrainingStage
+from .facts import CardFacts, Evaluation, TrainingStage, is_hub_id
 
 
 TEMPLATE = Path(__file__).with_name("template.md")
@@ -138,7 +137,7 @@ def render(facts: CardFacts, config: ICAEConfig) -> str:
             Its configuration, with the base's.
     """
     base = config.base_model_name_or_path or ""
-    on_hub = _is_hub_id(base)
+    on_hub = is_hub_id(base)
     base_name = base if on_hub else Path(base).name or f"a {config.text_config.model_type} model"
     datasets = sorted({source.hub_id for stage in facts.stages for source in stage.data if source.hub_id})
     results = _model_index(facts)
@@ -164,6 +163,7 @@ def render(facts: CardFacts, config: ICAEConfig) -> str:
         code=[file.name for file in ICAEForConditionalGeneration._code_files()],
         base_name=base_name,
         base_on_hub=on_hub,
+        base_code=EMBEDDED_BASE_CODE if config.base_model_fingerprint == EMBEDDED_BASE_FINGERPRINT else None,
         base_link=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base_name}`",
         slots=config.max_slots_per_span,
         ratio=_ratio(config),
@@ -239,14 +239,6 @@ def _model_index(facts: CardFacts) -> list[EvalResult]:
     if not results and facts.stages:
         add("Held-out samples", facts.stages[-1].evaluation)
     return results
-
-
-def _is_hub_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not Path(name).exists()
 
 
 def _ratio(config: ICAEConfig) -> str:

@@ -6,12 +6,16 @@ its stages over. What is unknown is `None` or empty, and the card says so in wor
 """
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 
 CARD_FACTS = "icae_card.json"
@@ -180,6 +184,16 @@ class CardFacts:
                 "mend it, or delete it and the card will say that they are not known."
             ) from error
 
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "CardFacts":
+        """The facts beside the files that a model was loaded from, in a folder or on the Hub."""
+        source = model.name_or_path
+        if is_hub_id(source):
+            silent = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
+            file = cached_file(source, CARD_FACTS, **dict.fromkeys(silent, False), **model._hub_kwargs)
+            source = os.path.dirname(file or "")
+        return cls.load(source) if source else cls()
+
     def save(self, folder: str | Path) -> None:
         """Writes them beside a saved model."""
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -225,6 +239,15 @@ class CardFacts:
                 stage.evaluation = {
                     name: values[-1] for name, values in run.items() if name not in ("config", "context_tokens")
                 }
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether a model of this name is looked for on the Hub: it is the id of a repository, and no folder here."""
+    try:
+        validate_repo_id(name or "")
+    except HFValidationError:
+        return False
+    return not os.path.exists(name or "")
 
 
 def _evaluation(record: dict[str, Any] | None, rows: str) -> Evaluation | None:

@@ -5,11 +5,13 @@ JSON file, `{name: [action, repo, options]}`, and writes what came of each, or t
 
 import hashlib
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
 from peft import PeftModel
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -59,6 +61,14 @@ def push(repo: str, to: str, token: str, **options) -> dict:
     return outputs(AutoModel.from_pretrained(to, **options))
 
 
+def quickstart(repo: str) -> dict:
+    """Does what the repository's card says."""
+    card = Path(hf_hub_download(repo, "README.md")).read_text(encoding="utf-8")
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], names)
+    return outputs(names["model"])
+
+
 def class_of(thing) -> str:
     return f"{type(thing).__module__.split('.')[0]}.{type(thing).__name__}"
 
@@ -73,6 +83,7 @@ ACTIONS = {
     "peft": peft,
     "save and load": save_and_load,
     "push": push,
+    "quickstart": quickstart,
 }
 
 

@@ -415,6 +415,14 @@ def test_the_trained_checkpoint_is_the_default_and_peak_memory_is_measured(saved
     assert all(value > 0 for value in cell["peak_bytes"].values())
 
 
+def test_a_peak_that_cannot_be_measured_is_named_with_the_way_out(saved, monkeypatch, capsys):
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    words = ["--model", "icae", "--contexts", "32", "--new-tokens", "2", "--repeats", "1"]
+    assert main(["bench", "generate", *words]) == 2
+    said = capsys.readouterr().err
+    assert "Expected the peak memory of 'full' at 1 x 32 tokens" in said and "`--no-memory` leaves peaks out" in said
+
+
 def test_both_sides_write_what_they_would_write_anyway(saved):
     model = ICAEForConditionalGeneration.from_pretrained("icae")
     full = bench_generate.FullContext(model.language_model, model, torch.randint(5, 90, (2, 24)))

@@ -1,5 +1,4 @@
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -8,12 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hub_server import BASE, LAYOUT
+from hub_server import BASE, LAYOUT, contents, sha256
 from icae import ICAEForConditionalGeneration
 from icae.cli import main
 from icae.hub_upload import assemble, check, check_base_id, verify
 from icae.hub_upload.layout import CODE
-from icae.model_cards import CardFacts, model_card
+from icae.model_cards import CardFacts, model_card, write_card
 from tiny import make_base
 
 
@@ -77,6 +76,18 @@ def test_the_card_is_made_from_the_facts_and_names_the_repository(checkpoint, tm
     assert card == model_card(tmp_path / "folder")
     assert "license: apache-2.0" in card and "org/icae-tiny" in card
     assert CardFacts.load(tmp_path / "folder").repo_id == "org/icae-tiny"
+
+
+def test_a_generated_card_of_the_checkpoint_is_made_again_for_its_repository(checkpoint, tmp_path):
+    CardFacts(name="run", repo_id="org/earlier", revision="0123abc").save(checkpoint)
+    write_card(checkpoint)
+    assert '"org/earlier"' in (checkpoint / "README.md").read_text()
+    assemble(checkpoint, tmp_path / "same", repo_id="org/earlier")
+    assert (tmp_path / "same" / "README.md").read_bytes() == (checkpoint / "README.md").read_bytes()
+    assemble(checkpoint, tmp_path / "folder", repo_id="org/icae-tiny")
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert '"org/icae-tiny"' in card and "org/earlier" not in card
+    assert "0123abc" not in card, "a commit of another repository"
 
 
 def test_a_card_of_the_checkpoint_s_own_is_kept(checkpoint, tmp_path):
@@ -198,6 +209,10 @@ REFUSALS = {
         lambda folder: change_config(folder, key="AKIA" + "A1B2" * 4),
         "got what looks like an AWS key in 'config.json'",
     ),
+    "token in a card that is no UTF-8": (
+        write("README.md", b"caf\xe9 " + TOKEN.encode()),
+        "a Hugging Face token in 'README.md'",
+    ),
     "private key": (
         append("chat_template.jinja", "-----BEGIN RSA PRIVATE KEY-----"),
         "got what looks like a private key in 'chat_template.jinja'",
@@ -273,14 +288,16 @@ def test_a_folder_that_is_the_live_model_is_verified_and_leaves_it_as_it_was(mod
 # ------------------------------------------------------------------------------------------------------ icae push
 
 
-def test_a_dry_run_shows_the_files_and_the_card(checkpoint, base_folder, capsys):
+def test_a_dry_run_shows_the_files_and_the_card(checkpoint, base_folder, tmp_path, capsys):
     command = ["push", str(checkpoint), "org/icae-tiny", "--base", base_folder, "--dry-run"]
     assert main(command) == 0, capsys.readouterr().err
-    printed = capsys.readouterr().out
-    listed = dict(re.findall(r"^[0-9a-f]{64} +([\d,]+)  (.+)$", printed, re.MULTILINE))
-    assert set(re.findall(r"^[0-9a-f]{64} +[\d,]+  (.+)$", printed, re.MULTILINE)) == LAYOUT and listed
-    assert printed.rstrip().endswith(printed.split("\n---\n", 1)[1].rstrip())
-    assert "org/icae-tiny" in printed
+    tree, card = capsys.readouterr().out.split("\n\n", 1)
+    assemble(checkpoint, tmp_path / "folder", repo_id="org/icae-tiny")
+    listed = [line.split() for line in tree.splitlines()]
+    assert {name: (digest, size) for digest, size, name in listed} == {
+        name: (sha256(content), f"{len(content):,}") for name, content in contents(tmp_path / "folder").items()
+    }
+    assert card == (tmp_path / "folder" / "README.md").read_text() and '"org/icae-tiny"' in card
 
 
 def test_push_names_a_folder_that_is_no_checkpoint(tmp_path, capsys):

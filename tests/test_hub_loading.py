@@ -107,6 +107,7 @@ def online(hub, pushed, home):
         "tokenizer": ["AutoTokenizer", REPO, TRUST],
         "pipeline": ["pipeline", REPO, TRUST],
         "class": ["class", REPO, TRUST],
+        "quickstart": ["quickstart", REPO, {}],
         **{f"{action} without trust": [action, REPO, {}] for action in ("AutoConfig", "AutoModel", "pipeline")},
         "first": ["AutoModel", REPO, {"revision": first} | TRUST],
         "first, pipeline": ["pipeline", REPO, {"revision": first} | TRUST],
@@ -132,6 +133,10 @@ def test_all_auto_classes_load_the_pushed_model_by_its_id(online, pushed):
 
 def test_the_trained_model_is_the_one_that_was_pushed(online, pushed):
     assert online["first"] == pushed["live"][0] != pushed["live"][1]
+
+
+def test_the_card_s_quickstart_loads_the_pushed_model(online, pushed):
+    assert online["quickstart"] == pushed["live"][1]
 
 
 def test_the_pipeline_answers_as_the_live_model_does(online, pushed):
@@ -201,8 +206,10 @@ def test_the_embedded_checkpoint_loads_by_its_id_with_its_base_from_the_base_s_r
     options = {"dtype": torch.bfloat16}
     model = ICAEForConditionalGeneration.from_pretrained(EMBEDDED_CHECKPOINT, base_model=base, **options)
     model.push_to_hub(repo)
-    hub.put(model.config.base_model_name_or_path, contents(base))
     live = hub_stranger.outputs(model)
+    # The card does not ask the base's repository, whose weights are others in truth.
+    assert ask_a_stranger(hub, tmp_path, {"card": ["quickstart", repo, {}]}) == {"card": live}
+    hub.put(model.config.base_model_name_or_path, contents(base))
     pipe = hub_stranger.pipeline("icae-context-generation", model=model)
     options = {"dtype": "bfloat16"} | TRUST
     steps = {"model": ["AutoModel", repo, options], "pipeline": ["pipeline", repo, options]}

@@ -223,6 +223,18 @@ def test_what_a_folder_says_of_a_model_is_said_again_as_long_as_it_holds(hub, ve
     assert b"license: apache-2.0" not in hub.repositories["org/perhaps-changed"].files()["README.md"]
 
 
+def test_what_the_hub_says_of_a_model_is_said_again_as_well(hub, verified, checkpoint, folder, base_folder):
+    CardFacts(license="apache-2.0").save(folder)
+    upload(folder, REPO, revision="v1")
+    for revision, known in (("v1", True), ("main", False)):  # nothing lies in the main branch
+        model = ICAEForConditionalGeneration.from_pretrained(checkpoint, base_model=base_folder)
+        model.name_or_path, model._hub_kwargs = REPO, {"revision": revision}
+        assert (CardFacts.of(model).license == "apache-2.0") is known
+    model._hub_kwargs = {"revision": "v1"}
+    model.push_to_hub("org/loaded")
+    assert b"license: apache-2.0" in hub.repositories["org/loaded"].files()["README.md"]
+
+
 def test_a_name_without_an_owner_is_the_user_s_and_the_card_gives_it_in_full(hub, verified, make_model):
     make_model().push_to_hub("icae-tiny")
     assert b'"tester/icae-tiny"' in hub.repositories["tester/icae-tiny"].files()["README.md"]
@@ -306,6 +318,16 @@ def test_what_other_layouts_left_is_deleted_and_the_user_s_own_files_stay(hub, f
     repository = hub.repositories[REPO]
     assert published(repository.files()) == contents(folder) | dict.fromkeys(OWN, b"mine")
     assert repository.messages[-2:] == ["by hand", "Upload ICAE"], "in the same commit"
+
+
+def test_of_a_checkpoint_to_resume_from_nothing_older_is_left(hub, folder, tmp_path):
+    (tmp_path / "state" / "global_step2").mkdir(parents=True)
+    (tmp_path / "state" / "global_step2" / "optimizer.pt").write_bytes(b"new")
+    old = ["last-checkpoint/global_step1/optimizer.pt", "last-checkpoint/old.txt", "last-checkpoints/mine.txt"]
+    hub.put(REPO, dict.fromkeys(old, b"old"))
+    upload(folder, REPO, subfolders={"last-checkpoint": tmp_path / "state"})
+    left = set(published(hub.repositories[REPO].files())) - LAYOUT
+    assert left == {"last-checkpoint/global_step2/optimizer.pt", "last-checkpoints/mine.txt"}
 
 
 def test_a_repeated_push_changes_nothing_and_one_of_another_model_only_what_differs(hub, folder):

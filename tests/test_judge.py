@@ -134,6 +134,13 @@ def test_tokens_and_price_are_counted(files):
             assert record["price"] == pytest.approx((80 * 2 + 16 * 8) / 1e6)
 
 
+def test_a_pair_that_stands_in_two_comparisons_is_paid_once(files):
+    with chat_server(by_quality) as server:
+        record = judge(files, server, against=("theirs.jsonl", f"again={files / 'theirs.jsonl'}"))
+    assert list(record["against"]) == ["theirs", "again"]
+    assert len(server.requests) == 8 and record["judge_tokens"] == {"prompt": 80, "completion": 16}
+
+
 def test_served_models_are_compared_with_and_asked_once(files, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "secret-of-the-judge")
     monkeypatch.setenv("ANSWER_KEY", "secret-of-the-other")

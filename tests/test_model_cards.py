@@ -10,8 +10,9 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from icae import ICAEForConditionalGeneration
+from icae import ICAEConfig, ICAEForConditionalGeneration
 from icae.cli import main
+from icae.embedded import EMBEDDED_BASE_CODE, EMBEDDED_BASE_FINGERPRINT
 from icae.model_cards import CARD_FACTS, CardFacts, DataSource, Evaluation, TrainingStage, model_card
 from icae.model_cards.card import render
 from icae.trainers import ICAEPretrainingConfig, ICAEPretrainingTrainer, ICAESFTConfig, ICAESFTTrainer
@@ -187,6 +188,17 @@ def test_a_model_that_was_not_tuned_to_answer_says_so(config):
     assert sentence not in render(FACTS, config) and sentence not in render(CardFacts(name="x"), config)
 
 
+def test_a_model_on_the_embedded_base_s_weights_says_how_to_get_them(config):
+    plain = snippet(render(FACTS, config))
+    config.base_model_fingerprint = EMBEDDED_BASE_FINGERPRINT
+    card = render(FACTS, config)
+    assert EMBEDDED_BASE_CODE in snippet(card) and "base_model=base)" in snippet(card)
+    assert "`verify_base=False` takes the others" in card
+    assert snippet(card).replace("\n" + EMBEDDED_BASE_CODE + "\n", "").replace(", base_model=base", "") == plain
+    embedded = ICAEConfig.from_pretrained(ROOT / "checkpoints" / "icae-smollm2-135m")
+    assert embedded.base_model_fingerprint == EMBEDDED_BASE_FINGERPRINT
+
+
 def test_a_base_that_is_not_on_the_hub_is_named_without_its_path(config, tmp_path):
     config.base_model_name_or_path = str(tmp_path / "my-base")
     card = render(FACTS, config)
@@ -281,7 +293,8 @@ def test_a_run_that_goes_on_from_a_checkpoint_carries_its_stage_over(make_icae, 
     trainer.train()
     trainer.save_model()
     (first,) = CardFacts.load(tmp_path / "first").stages
-    assert first == CardFacts.load(tmp_path / "first" / "checkpoint-6").stages[0] or first.steps == 6
+    last = CardFacts.load(tmp_path / "first" / "checkpoint-6").stages[0]
+    assert first == replace(last, seconds=first.seconds) and first.steps == 6
     logged = [entry for entry in trainer.state.log_history if "eval_ae_loss" in entry][-1]
     assert first.evaluation["ae_loss"] == logged["eval_ae_loss"]
     assert first.evaluation["ae_loss_other_text"] == logged["eval_ae_loss_other_text"]

@@ -374,7 +374,7 @@ def test_the_preset_is_understood(tmp_path):
     file = Path(__file__).parents[1] / "trainers" / "presets" / "sft_cpu.yaml"
     parser = TrlParser((SFTArguments, ICAEArguments, ICAESFTConfig))
     _, _, config = parser.parse_args_and_config(["--config", str(file), "--output_dir", str(tmp_path)])
-    assert config.pretraining_share == 0.15 and config.max_steps == 340
+    assert config.pretraining_share == 0.3 and config.max_steps == 800
 
 
 def test_icae_sft_stops_when_validation_gets_no_better(config_file):

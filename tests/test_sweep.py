@@ -56,7 +56,7 @@ def test_a_sweep_trains_each_run_once_and_draws_those_that_have_the_loss(sweep_f
 
     def run(command, check):
         commands.append(command)
-        assert main(command[3:]) == 0
+        return subprocess.CompletedProcess(command, main(command[3:]))
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr("icae.evaluation.record._git", lambda *_: None)
@@ -70,6 +70,12 @@ def test_a_sweep_trains_each_run_once_and_draws_those_that_have_the_loss(sweep_f
     assert Path("out/sweep.png").is_file()
     adapters = [json.loads(Path("runs", name, "adapter/adapter_config.json").read_text()) for name in found]
     assert next(adapter["target_modules"] for adapter in adapters) == ["q_proj", "v_proj"]
+
+
+def test_a_run_that_fails_ends_the_sweep_with_its_name(sweep_file, monkeypatch, capsys):
+    monkeypatch.setattr(subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 3))
+    assert main(["sweep", str(sweep_file)]) == 2
+    assert "Expected the run 'both tasks' to end well, got exit status 3" in capsys.readouterr().err
 
 
 def test_runs_that_a_sweep_does_not_have_are_named(sweep_file, capsys):

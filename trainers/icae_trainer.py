@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +209,8 @@ class ICAETrainer(SFTTrainer):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        self.card.facts().save(self.args.output_dir)
-        write_card(self.args.output_dir, repo_id=self.hub_model_id)
+        replace(self.card.facts(), repo_id=self.hub_model_id).save(self.args.output_dir)
+        write_card(self.args.output_dir)
         bundle = self._bundle(self.args.output_dir)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # there, one process alone cannot run the model
             verify(bundle.name, self.model, base=base)

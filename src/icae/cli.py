@@ -103,7 +103,7 @@ def load_model(model: str | None, base: str | None, dtype: str, **options):
     import torch
 
     from icae import EMBEDDED_CHECKPOINT, ICAEConfig, ICAEForConditionalGeneration
-    from icae.embedded import EMBEDDED_BASE_ID, embedded_base
+    from icae.embedded import EMBEDDED_BASE_FINGERPRINT, embedded_base
 
     model = model or EMBEDDED_CHECKPOINT
     if model is None:
@@ -111,7 +111,8 @@ def load_model(model: str | None, base: str | None, dtype: str, **options):
             "Expected `--model`, the folder or Hub id of an ICAE: this installation has no embedded checkpoint, which "
             "only a source checkout carries."
         )
-    if base is None and ICAEConfig.from_pretrained(model).base_model_name_or_path == EMBEDDED_BASE_ID:
+    # Not by its name: others are trained on the weights that the Hub has under it.
+    if base is None and ICAEConfig.from_pretrained(model).base_model_fingerprint == EMBEDDED_BASE_FINGERPRINT:
         base = embedded_base()
     return ICAEForConditionalGeneration.from_pretrained(model, base_model=base, dtype=getattr(torch, dtype), **options)
 

