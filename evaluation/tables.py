@@ -120,15 +120,19 @@ def answers(record: Record) -> str:
         )
     if tools := [name for name in ("LLMLingua", "kvpress") if name in record["summary"]]:
         reads += f",\nor what {' and '.join(tools)} leave of it"
-    tuned_on = f"{record['tuned_on']['triples']:,} triples" if "tuned_on" in record else "data of the same kind"
+    tuned = ""
+    if "full context, tuned" in record["summary"]:
+        tuned_on = f"{record['tuned_on']['triples']:,} triples" if "tuned_on" in record else "data of the same kind"
+        tuned = f"""\
+; "tuned" is a LoRA of
+the same size, tuned on {tuned_on} with the full context ([how long](results/README.md))"""
     return f"""\
 **Answers from the slots**: {record["rows"]} held-out prompts of {len(record["by_source"]["icae"])} sources,
 {record["context_tokens"]:,} context tokens in {record["slots"]:,} slots ([answers.json](results/answers.json)):
 
 {table(["answers from", *ANSWERS.values()], rows)}
 
-{reads}; "tuned" is a LoRA of
-the same size, tuned on {tuned_on} with the full context ([how long](results/README.md)).{intervals}
+{reads}{tuned}.{intervals}
 """
 
 

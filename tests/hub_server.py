@@ -106,6 +106,7 @@ class HubServer(ThreadingHTTPServer):
         """Makes this process, which is offline in tests, a client with a token, by a pytest `MonkeyPatch`."""
         patch.setenv("HF_TOKEN", TOKEN)
         patch.setattr(constants, "ENDPOINT", self.url)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}/resolve/{revision}/{filename}")
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr("transformers.utils.hub._hf_api", None)  # made when needed, with the endpoint of that moment
