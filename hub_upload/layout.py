@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import (
 )
 
 from icae.configuration_icae import ICAEConfig
-from icae.model_cards import CARD_FACTS, CardFacts, model_card
+from icae.model_cards import CARD_FACTS, CardFacts, is_generated, model_card
 from icae.modeling_icae import ICAEForConditionalGeneration
 from icae.modeling_icae.pretrained_icae import ADAPTER_FOLDER, AUTO_MAP, CUSTOM_PIPELINES, SLOTS_FILE
 
@@ -86,8 +86,8 @@ def assemble(
 
     Args:
         checkpoint (`str` or `Path`):
-            A folder as `save_pretrained` or a trainer wrote it. A `README.md` in it that is not the generated one is
-            kept as the card.
+            A folder as `save_pretrained` or a trainer wrote it. Its `README.md` is kept as the card if somebody wrote
+            or changed it, and made again if it was generated.
         folder (`str` or `Path`):
             Where to put the files; made if missing.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
@@ -137,7 +137,7 @@ def assemble(
         facts.repo_id, facts.revision = repo_id, None  # a commit of another repository is none of this one
     facts.save(folder)
     card = checkpoint / "README.md"
-    if card.is_file() and card.read_text(encoding="utf-8") != model_card(checkpoint):
+    if card.is_file() and not is_generated(card.read_text(encoding="utf-8")):
         shutil.copyfile(card, folder / "README.md")
     else:
         (folder / "README.md").write_text(model_card(folder), encoding="utf-8")

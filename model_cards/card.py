@@ -6,6 +6,7 @@ with `--results`, from the files that `icae evaluate` wrote. What is not known i
 """
 
 import argparse
+import hashlib
 import math
 import re
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from .facts import CardFacts, Evaluation, TrainingStage, is_hub_id
 
 
 TEMPLATE = Path(__file__).with_name("template.md")
+MARK = "\n<!-- generated, sha256 "  # of the text above, so that a card that somebody has changed is known
 TAGS = ["icae", "context-compression", "custom_code"]
 PAPER = {
     "title": "In-context Autoencoder for Context Compression in a Large Language Model",
@@ -182,7 +184,18 @@ def render(facts: CardFacts, config: ICAEConfig) -> str:
         paper=PAPER,
         package_version=version("icae"),
     )
-    return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
+    text = re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
+    return text + _mark(text)
+
+
+def is_generated(card: str) -> bool:
+    """Whether a card is as [`render`] wrote it, from whatever facts; otherwise somebody has changed it."""
+    text = card[: card.rfind(MARK)]
+    return card == text + _mark(text)
+
+
+def _mark(text: str) -> str:
+    return f"{MARK}{hashlib.sha256(text.encode()).hexdigest()[:16]}; `icae push` keeps a card that was changed -->\n"
 
 
 def _markdown(rows: list[list[str]]) -> str:

@@ -84,16 +84,22 @@ def test_a_generated_card_of_the_checkpoint_is_made_again_for_its_repository(che
     assert '"org/earlier"' in (checkpoint / "README.md").read_text()
     assemble(checkpoint, tmp_path / "same", repo_id="org/earlier")
     assert (tmp_path / "same" / "README.md").read_bytes() == (checkpoint / "README.md").read_bytes()
+    facts = CardFacts.load(checkpoint)
+    facts.license = "mit"  # known only after the card was made
+    facts.save(checkpoint)
     assemble(checkpoint, tmp_path / "folder", repo_id="org/icae-tiny")
     card = (tmp_path / "folder" / "README.md").read_text()
-    assert '"org/icae-tiny"' in card and "org/earlier" not in card
+    assert '"org/icae-tiny"' in card and "org/earlier" not in card and "license: mit" in card
     assert "0123abc" not in card, "a commit of another repository"
 
 
 def test_a_card_of_the_checkpoint_s_own_is_kept(checkpoint, tmp_path):
-    (checkpoint / "README.md").write_text("# Mine\n")
-    assemble(checkpoint, tmp_path / "folder")
-    assert (tmp_path / "folder" / "README.md").read_text() == "# Mine\n"
+    write_card(checkpoint)
+    changed = (checkpoint / "README.md").read_text().replace("## Limits", "## Limits, as I see them")
+    for number, text in enumerate(("# Mine\n", changed)):
+        (checkpoint / "README.md").write_text(text)
+        assemble(checkpoint, tmp_path / str(number))
+        assert (tmp_path / str(number) / "README.md").read_text() == text
 
 
 def test_the_adapter_names_the_base_and_its_revision_as_the_configuration_does(checkpoint, tmp_path):
