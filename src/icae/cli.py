@@ -1,4 +1,4 @@
-"""The command `icae`: compress, reconstruct, ask, demo, pretrain, sft, evaluate, bench, push, card, convert."""
+"""The command `icae`: use a model, train it, measure it, publish it; see `icae --help`."""
 
 import argparse
 import sys
