@@ -62,7 +62,9 @@ def main(argv: list[str] | None = None) -> None:
     base = model.language_model
     trainer = SFTTrainer(
         # Loaded again: an ICAE's own copy holds its encoder's adapter, switched off by a flag that PEFT shares.
-        model=AutoModelForCausalLM.from_pretrained(base.name_or_path, dtype=base.dtype),
+        model=AutoModelForCausalLM.from_pretrained(
+            base.name_or_path, dtype=base.dtype, attn_implementation=base.config._attn_implementation
+        ),
         args=SFTConfig(
             **options,
             completion_only_loss=True,  # else TRL overlooks the mask of rows that are tokenised already

@@ -6,10 +6,21 @@ machine, [`verify`] loads the folder as a stranger would and compares it with th
 Hub in one commit. On the command line: `icae push CHECKPOINT ORG/NAME`.
 """
 
-from .checks import check, check_base_id
-from .layout import assemble
+from .checks import check, check_base_id, check_training_state
+from .layout import assemble, training_state
 from .upload import prepared, push, push_model, upload
 from .verification import verify
 
 
-__all__ = ["assemble", "check", "check_base_id", "prepared", "push", "push_model", "upload", "verify"]
+__all__ = [
+    "assemble",
+    "check",
+    "check_base_id",
+    "check_training_state",
+    "prepared",
+    "push",
+    "push_model",
+    "training_state",
+    "upload",
+    "verify",
+]

@@ -1,12 +1,15 @@
 """What must not leave this machine, and what a repository must have: checks that need no model."""
 
+import io
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from transformers.trainer_pt_utils import safe_globals
 
 from icae.configuration_icae import ICAEConfig
 from icae.model_cards.facts import is_hub_id
@@ -67,7 +70,38 @@ def check(folder: str | Path) -> None:
     _check_sizes(files, config)
     for name, file in files.items():
         if name not in WEIGHTS:
-            _check_text(name, file)
+            _check_text(name, file.read_text(encoding="utf-8", errors="replace"))  # a SentencePiece model is no text
+
+
+def check_training_state(files: dict[str, Path | bytes]) -> None:
+    """
+    Refuses a state to resume from that should not leave this machine.
+
+    Args:
+        files (`dict[str, Path or bytes]`):
+            The files, as [`training_state`] gives them. Those of torch may hold what transformers reads of them when
+            it resumes, with `weights_only=True`: tensors and random states, no code.
+
+    Raises:
+        `ValueError`: if a file of torch holds more, or if a path of this machine or a secret is in a text.
+    """
+    for name, content in files.items():
+        if matches(Path(name).name, PICKLES):
+            try:
+                with safe_globals():
+                    torch.load(
+                        io.BytesIO(content) if isinstance(content, bytes) else content,
+                        map_location="meta",
+                        weights_only=True,
+                    )
+            except UnpicklingError as error:
+                raise ValueError(
+                    f"Expected only tensors and random states in {name!r}, got what may run code when it is opened; "
+                    'push without the state to resume from, by `hub_strategy="every_save"`.'
+                ) from error
+        elif not name.endswith(".safetensors"):
+            data = content if isinstance(content, bytes) else content.read_bytes()
+            _check_text(name, data.decode("utf-8", errors="replace"))
 
 
 def check_base_id(config: ICAEConfig) -> None:
@@ -128,8 +162,7 @@ def _check_sizes(files: dict[str, Path], config: ICAEConfig) -> None:
             )
 
 
-def _check_text(name: str, file: Path) -> None:
-    text = file.read_text(encoding="utf-8", errors="replace")  # a SentencePiece model is none
+def _check_text(name: str, text: str) -> None:
     for what, pattern in SECRETS.items():
         if match := pattern.search(text):
             raise ValueError(
@@ -139,7 +172,10 @@ def _check_text(name: str, file: Path) -> None:
     paths: list[str] = []
     if name == "README.md":
         paths = PATH_IN_TEXT.findall(text)
-    elif name.endswith(".json") and name not in ("tokenizer.json", "vocab.json"):  # words like "/usr/bin" are theirs
+    elif name.endswith(".json") and Path(name).name not in (
+        "tokenizer.json",
+        "vocab.json",
+    ):  # words like "/usr/bin" are theirs
         paths = [value for value in _strings(json.loads(text)) if PATH_VALUE.fullmatch(value)]
     if paths:
         raise ValueError(

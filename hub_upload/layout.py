@@ -37,9 +37,12 @@ TOKENIZER = {
     "vocab.json",
     "vocab.txt",
     "merges.txt",
-    "*.model",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
 }
 TRAINING_ARGUMENTS = "training_args.bin"
+TRAINER_STATE = "trainer_state.json"
 PICKLES = {"*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt"}
 # What other tokenizers, other ways of saving and trainers left in a repository. All else belongs to its owner.
 STALE = TOKENIZER | {
@@ -57,7 +60,7 @@ STALE = TOKENIZER | {
     "scheduler.pt",
     "scaler.pt",
     "rng_state*.pth",
-    "trainer_state.json",
+    TRAINER_STATE,
     TRAINING_ARGUMENTS,
 }
 
@@ -71,6 +74,20 @@ def files_of(folder: str | Path) -> dict[str, Path]:
     """The files of a folder by their path in the repository, sorted."""
     found = (path for path in Path(folder).rglob("*") if path.is_file())
     return dict(sorted((path.relative_to(folder).as_posix(), path) for path in found))
+
+
+def training_state(checkpoint: str | Path) -> dict[str, Path | bytes]:
+    """
+    What a trainer resumes from, by its path in the checkpoint: all files but its arguments, which hold the token and
+    are not needed. The best checkpoint is named without the folders that it lies in here.
+    """
+    files: dict[str, Path | bytes] = {**files_of(checkpoint)}
+    files.pop(TRAINING_ARGUMENTS, None)
+    state = json.loads(Path(checkpoint, TRAINER_STATE).read_text(encoding="utf-8"))
+    if state["best_model_checkpoint"]:
+        state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
+        files[TRAINER_STATE] = json.dumps(state, indent=2).encode()
+    return files
 
 
 def assemble(

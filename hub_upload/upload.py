@@ -12,7 +12,7 @@ from icae.model_cards import CardFacts
 from icae.modeling_icae import ICAEForConditionalGeneration
 
 from .checks import check
-from .layout import STALE, TRAINING_ARGUMENTS, assemble, files_of, matches
+from .layout import STALE, assemble, files_of, matches
 from .verification import verify
 
 
@@ -94,7 +94,7 @@ def upload(
     token: str | bool | None = None,
     commit_message: str = "Upload ICAE",
     commit_description: str | None = None,
-    subfolders: dict[str, str | Path] | None = None,
+    subfolders: dict[str, dict[str, Path | bytes]] | None = None,
 ) -> CommitInfo:
     """
     Uploads a folder in one commit, which also deletes what an earlier layout left behind: whatever happens, the
@@ -110,13 +110,14 @@ def upload(
         create_pr (`bool`, *optional*, defaults to `False`):
             Open a pull request instead.
         revision (`str`, *optional*):
-            The branch to commit to, made if missing. Default: `main`.
+            The branch to commit to, made if missing, or the one that a pull request is for. Default: `main`.
         token (`str` or `bool`, *optional*):
             A token with write access, by default the one of `hf auth login`.
         commit_message, commit_description (`str`, *optional*):
             What the commit says.
-        subfolders (`dict[str, str or Path]`, *optional*):
-            Local folders that go along, by their path in the repository: a trainer's checkpoints, to resume from.
+        subfolders (`dict[str, dict[str, Path or bytes]]`, *optional*):
+            Files that go along, by their path in a folder of the repository, and replace what lies there: a trainer's
+            checkpoints, to resume from.
 
     Returns:
         `CommitInfo`: the commit.
@@ -127,26 +128,26 @@ def upload(
     """
     api = HfApi(token=token, library_name="icae", library_version=version("icae"))
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    info = api.model_info(repo_id, revision=revision)
+    info = api.model_info(repo_id)
     if private and not info.private:
         raise ValueError(
             f"Expected a private repository, got {repo_id!r}, which is there and public; make it private in its "
             "settings first, or push to another one."
         )
-    files = files_of(folder)
+    if revision is not None:
+        if not (create_pr or revision.startswith("refs/")):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        info = api.model_info(repo_id, revision=revision)
+    files: dict[str, Path | bytes] = {**files_of(folder)}
     for path, subfolder in (subfolders or {}).items():
-        # A trainer's arguments hold the token, and are not needed to resume.
-        state = {name: file for name, file in files_of(subfolder).items() if name != TRAINING_ARGUMENTS}
-        files |= {f"{path}/{name}": file for name, file in state.items()}
+        files |= {f"{path}/{name}": content for name, content in subfolder.items()}
     replaced = tuple(f"{path}/" for path in subfolders or ())
     there = {sibling.rfilename for sibling in info.siblings or ()}
     stale = {name for name in there - set(files) if matches(name, STALE) or name.startswith(replaced)}
     return api.create_commit(
         repo_id,
         [
-            *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()),
+            *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()),
             *(CommitOperationDelete(path_in_repo=name) for name in sorted(stale)),
         ],
         commit_message=commit_message,

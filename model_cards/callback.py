@@ -49,13 +49,14 @@ class CardCallback(TrainerCallback):
         self._seconds: float | None = None  # of this run before it was interrupted; None: not known
         self._final: CardFacts | None = None  # when training is over
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._start, self._seconds, self._final = time.monotonic(), 0.0, None
+    def on_init_end(self, args, state, control, **kwargs):
         source = self.trainer.model.name_or_path
         self._earlier = CardFacts.of(self.trainer.model)
-        self._started_from = None
         if source and not self._earlier.stages:
             self._started_from = Path(source).name if Path(source).is_dir() else source
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._start, self._seconds, self._final = time.monotonic(), 0.0, None
         if state.global_step > 0:  # resumed
             interrupted = CardFacts.load(Path(args.output_dir, f"checkpoint-{state.global_step}")).stages
             self._seconds = interrupted[-1].seconds if interrupted else None

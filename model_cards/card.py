@@ -107,6 +107,8 @@ def model_card(folder: str | Path, *, repo_id: str | None = None, revision: str 
     facts = CardFacts.load(folder)
     repo_id = repo_id or facts.repo_id
     name = repo_id.split("/")[-1] if repo_id else facts.name or folder.resolve().name
+    if repo_id != facts.repo_id:  # a commit of another repository is none of this one
+        facts = replace(facts, revision=None)
     facts = replace(facts, name=name, repo_id=repo_id, revision=revision or facts.revision)
     return render(facts, config)
 

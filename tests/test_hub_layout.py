@@ -1,7 +1,9 @@
+import functools
 import json
 import shutil
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hub_server import BASE, LAYOUT, contents, sha256
 from icae import ICAEForConditionalGeneration
 from icae.cli import main
-from icae.hub_upload import assemble, check, check_base_id, verify
+from icae.hub_upload import assemble, check, check_base_id, check_training_state, training_state, verify
 from icae.hub_upload.layout import CODE
 from icae.model_cards import CardFacts, model_card, write_card
 from tiny import make_base
@@ -250,6 +252,36 @@ def test_nothing_is_taken_for_a_path_or_a_secret_that_is_none(folder):
         "README.md", "\nSee https://huggingface.co/org/data/tree/main and `results/answers.json`; sk-learn, hf_hub."
     )(folder)
     check(folder)
+
+
+def test_a_state_to_resume_from_leaves_the_arguments_and_this_machine_s_folders_behind(tmp_path):
+    torch.save({"state": {0: {"step": torch.ones(1)}}}, tmp_path / "optimizer.pt")
+    torch.save({"python": (3, (1, 2), None), "numpy": numpy.random.get_state()}, tmp_path / "rng_state.pth")
+    save_file({"x": torch.ones(1)}, tmp_path / "weights.safetensors")
+    (tmp_path / "training_args.bin").write_bytes(b"a token")
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": str(tmp_path / "checkpoint-2")}))
+    state = training_state(tmp_path)
+    check_training_state(state)
+    assert state.pop("trainer_state.json") == b'{\n  "best_model_checkpoint": "checkpoint-2"\n}'
+    assert state == {name: tmp_path / name for name in ("optimizer.pt", "rng_state.pth", "weights.safetensors")}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("optimizer.pt", functools.partial(print, "run"), "Expected only tensors and random states in 'optimizer.pt'"),
+        ("trainer_state.json", {"best_model_checkpoint": None, "x": "/home/me"}, "Expected no paths of this machine"),
+        ("notes.txt", "hf_" + 32 * "x", "Expected no secrets"),
+    ],
+)
+def test_a_state_to_resume_from_that_must_not_leave_is_refused(tmp_path, name, content, message):
+    (tmp_path / "trainer_state.json").write_text('{"best_model_checkpoint": null}')
+    if name.endswith(".pt"):
+        torch.save(content, tmp_path / name)
+    else:
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        check_training_state(training_state(tmp_path))
 
 
 def test_a_folder_of_the_same_name_is_not_the_hub_s_base(model, tmp_path, monkeypatch):

@@ -142,7 +142,7 @@ def test_a_trainer_without_the_option_pushes_when_it_is_told_to(hub, verified, m
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
-def test_every_push_of_a_checkpoint_is_the_whole_layout(hub, make_trainer, tmp_path, strategy):
+def test_every_push_of_a_checkpoint_is_the_whole_layout(hub, verified, make_trainer, tmp_path, strategy):
     options = {"push_to_hub": True, "hub_model_id": REPO, "hub_strategy": strategy, "hub_always_push": True}
     trainer = make_trainer(save_steps=1, hub_token="hf_tester", **options)
     trainer.train()
@@ -164,9 +164,35 @@ def test_every_push_of_a_checkpoint_is_the_whole_layout(hub, make_trainer, tmp_p
             expected |= {f"{name}/{file}" for file in kept}
         assert set(published(files)) == expected
         assert b"hf_tester" not in b"".join(files.values())
+    assert len(verified) == 3
 
 
-def test_a_run_goes_on_exactly_from_a_pushed_checkpoint(hub, make_trainer, tmp_path):
+@pytest.mark.parametrize("refused_by", ["verify", "check", "check_training_state"])
+def test_training_goes_on_when_a_checkpoint_is_refused_and_nothing_of_it_is_sent(
+    hub, verified, make_trainer, monkeypatch, refused_by
+):
+    def refuse(*args, **kwargs):
+        raise ValueError("not this one")
+
+    warnings = []
+    monkeypatch.setattr(f"icae.trainers.icae_trainer.{refused_by}", refuse)
+    monkeypatch.setattr("icae.trainers.icae_trainer.logger.warning", warnings.append)
+    trainer = make_trainer(push_to_hub=True, hub_model_id=REPO, hub_strategy="checkpoint", save_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 3 and len(warnings) == 2
+    assert all(text.endswith("is only in `output_dir`: not this one") for text in warnings)
+    assert hub.repositories[REPO].messages == ["initial commit"]
+
+
+def test_a_push_before_training_says_what_is_known(hub, verified, checkpoint, base_folder, tmp_path):
+    CardFacts(license="apache-2.0").save(checkpoint)
+    model = ICAEForConditionalGeneration.from_pretrained(checkpoint, base_model=base_folder, is_trainable=True)
+    args = ICAEPretrainingConfig(**(SHORT_RUN | {"output_dir": str(tmp_path / "run")}))
+    ICAEPretrainingTrainer(model, args, DOCUMENTS).push_to_hub()
+    assert b"license: apache-2.0" in hub.repositories["tester/run"].files()["README.md"]
+
+
+def test_a_run_goes_on_exactly_from_a_pushed_checkpoint(hub, verified, make_trainer, tmp_path):
     options = {"push_to_hub": True, "hub_model_id": REPO, "hub_strategy": "checkpoint", "max_steps": 4}
     unbroken = make_trainer("unbroken", save_steps=2, hub_always_push=True, **options)
     unbroken.train()
@@ -180,7 +206,7 @@ def test_a_run_goes_on_exactly_from_a_pushed_checkpoint(hub, make_trainer, tmp_p
         assert torch.equal(weight, unbroken.model.trainable_parameters()[name]), name
 
 
-def test_training_goes_on_when_a_push_of_a_checkpoint_fails(hub, make_trainer, monkeypatch):
+def test_training_goes_on_when_a_push_of_a_checkpoint_fails(hub, verified, make_trainer, monkeypatch):
     warnings = []
     monkeypatch.setattr("icae.trainers.icae_trainer.logger.warning", warnings.append)
     options = {"push_to_hub": True, "hub_model_id": REPO, "hub_always_push": True, "save_steps": 1}
@@ -250,7 +276,8 @@ def test_a_private_repository_is_made_private(hub, verified, checkpoint, base_fo
 def test_what_should_be_private_does_not_go_to_a_public_repository(hub, folder):
     hub.put(REPO, {"notes.md": b"public"})
     with pytest.raises(ValueError, match=f"Expected a private repository, got '{REPO}', which is there and public"):
-        upload(folder, REPO, private=True)
+        upload(folder, REPO, private=True, revision="v2")
+    assert set(hub.repositories[REPO].refs) == {"main"}
     assert published(hub.repositories[REPO].files()) == {"notes.md": b"public"}
 
 
@@ -261,6 +288,12 @@ def test_a_pull_request_leaves_the_main_branch_alone(hub, verified, checkpoint, 
     assert published(repository.files()) == {"notes.md": b"mine"}
     assert published(repository.files("refs/pr/1")) == contents(folder) | {"notes.md": b"mine"}
     assert capsys.readouterr().out.strip() == f"{hub.url}/{REPO}/discussions/1"
+
+
+def test_a_pull_request_for_a_branch_that_is_missing_makes_none(hub, folder):
+    with pytest.raises(HfHubHTTPError, match="404"):
+        upload(folder, REPO, create_pr=True, revision="v2")
+    assert set(hub.repositories[REPO].refs) == {"main"}
 
 
 def test_a_branch_is_made_and_the_main_branch_left_alone(hub, verified, checkpoint, base_folder, folder):
@@ -308,7 +341,15 @@ STALE = [
     "vocab.json",
     "special_tokens_map.json",
 ]
-OWN = ["notes.md", "images/curve.png", "voices.pt", "examples/adapter_config.json", "train_icae.py", "onnx/model.bin"]
+OWN = [
+    "notes.md",
+    "images/curve.png",
+    "voices.pt",
+    "examples/adapter_config.json",
+    "train_icae.py",
+    "onnx/model.bin",
+    "word2vec.model",
+]
 
 
 def test_what_other_layouts_left_is_deleted_and_the_user_s_own_files_stay(hub, folder):
@@ -320,13 +361,13 @@ def test_what_other_layouts_left_is_deleted_and_the_user_s_own_files_stay(hub, f
 
 
 def test_of_a_checkpoint_to_resume_from_nothing_older_is_left(hub, folder, tmp_path):
-    (tmp_path / "state" / "global_step2").mkdir(parents=True)
-    (tmp_path / "state" / "global_step2" / "optimizer.pt").write_bytes(b"new")
     old = ["last-checkpoint/global_step1/optimizer.pt", "last-checkpoint/old.txt", "last-checkpoints/mine.txt"]
     hub.put(REPO, dict.fromkeys(old, b"old"))
-    upload(folder, REPO, subfolders={"last-checkpoint": tmp_path / "state"})
+    (tmp_path / "new").write_bytes(b"new")
+    state = {"global_step2/optimizer.pt": tmp_path / "new", "trainer_state.json": b"{}"}
+    upload(folder, REPO, subfolders={"last-checkpoint": state})
     left = set(published(hub.repositories[REPO].files())) - LAYOUT
-    assert left == {"last-checkpoint/global_step2/optimizer.pt", "last-checkpoints/mine.txt"}
+    assert left == {*(f"last-checkpoint/{name}" for name in state), "last-checkpoints/mine.txt"}
 
 
 def test_a_repeated_push_changes_nothing_and_one_of_another_model_only_what_differs(hub, folder):

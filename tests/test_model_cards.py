@@ -218,6 +218,13 @@ def test_the_quickstart_pins_a_revision_and_runs(saved, capsys, tmp_path, monkey
     assert capsys.readouterr().out.count("\n") >= 2
 
 
+def test_a_commit_of_one_repository_is_not_pinned_in_the_card_of_another(saved):
+    FACTS.save(saved)
+    assert 'revision = "0123abc"' in model_card(saved, repo_id="org/icae-tiny")
+    assert "0123abc" not in model_card(saved, repo_id="org/copy")
+    assert 'revision = "v2"' in model_card(saved, repo_id="org/copy", revision="v2")
+
+
 def test_the_quickstart_of_an_unpinned_repository_asks_for_its_commit(config):
     code = snippet(render(replace(FACTS, revision=None), config))
     assert "revision = model_info(repo).sha" in code

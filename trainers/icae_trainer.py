@@ -15,7 +15,15 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress, logging
 from trl import SFTTrainer
 
-from icae.hub_upload import assemble, check, check_base_id, upload, verify
+from icae.hub_upload import (
+    assemble,
+    check,
+    check_base_id,
+    check_training_state,
+    training_state,
+    upload,
+    verify,
+)
 from icae.model_cards import write_card
 from icae.model_cards.callback import CardCallback
 from icae.model_cards.card import PAPER, TAGS
@@ -211,9 +219,7 @@ class ICAETrainer(SFTTrainer):
             return None
         replace(self.card.facts(), repo_id=self.hub_model_id).save(self.args.output_dir)
         write_card(self.args.output_dir)
-        bundle = self._bundle(self.args.output_dir)
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # there, one process alone cannot run the model
-            verify(bundle.name, self.model, base=base)
+        bundle = self._bundle(self.args.output_dir, base)
         self._finish_current_push()
         job = self._upload(
             bundle,
@@ -238,21 +244,32 @@ class ICAETrainer(SFTTrainer):
             HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name,
         }.get(strategy)
         self.card.facts().save(checkpoint_folder)
+        subfolders = {}
+        try:
+            if where:
+                subfolders[where] = training_state(checkpoint_folder)
+                check_training_state(subfolders[where])
+            bundle = self._bundle(checkpoint_folder)
+        except ValueError as error:
+            _warn(error)
+            return
         job = self._upload(
-            self._bundle(checkpoint_folder),
+            bundle,
             token=self.args.hub_token,
             revision=self.args.hub_revision,
             commit_message=f"Training in progress, step {self.state.global_step}",
-            subfolders={where: checkpoint_folder} if where else None,
+            subfolders=subfolders,
         )
         job.add_done_callback(_warn_if_failed)
         self.push_in_progress = PushInProgress([*running, job])
 
-    def _bundle(self, checkpoint: str) -> tempfile.TemporaryDirectory:
-        """A checkpoint in the layout of the Hub."""
+    def _bundle(self, checkpoint: str, base: str | None = None) -> tempfile.TemporaryDirectory:
+        """A checkpoint in the layout of the Hub, checked and verified."""
         bundle = tempfile.TemporaryDirectory()
         assemble(checkpoint, bundle.name, tokenizer=self.model.tokenizer, repo_id=self.hub_model_id)
         check(bundle.name)
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # there, one process alone cannot run the model
+            verify(bundle.name, self.model, base=base)
         return bundle
 
     def _upload(self, bundle: tempfile.TemporaryDirectory, **kwargs) -> Future:
@@ -271,9 +288,13 @@ class ICAETrainer(SFTTrainer):
 
 
 def _warn_if_failed(push: Future) -> None:
-    """Training goes on; what failed to go out lies in the checkpoint's folder."""
     if error := push.exception():
-        logger.warning(f"A push to the Hub failed, the checkpoint is only in `output_dir`: {error}")
+        _warn(error)
+
+
+def _warn(error: BaseException) -> None:
+    """Training goes on; what failed to go out lies in the checkpoint's folder."""
+    logger.warning(f"A push to the Hub failed, the checkpoint is only in `output_dir`: {error}")
 
 
 class _GradientNorms(TrainerCallback):
