@@ -232,11 +232,14 @@ def load_icaes(arguments) -> dict[str, ICAEForConditionalGeneration]:
 
 
 def load_plain(model: ICAEForConditionalGeneration):
-    """The base as a user would load it, without an adapter inside."""
+    """
+    The base as a user would load it, without an adapter inside; frozen as an ICAE's is, since torch multiplies frozen
+    weights in another way on CPUs.
+    """
     base = AutoModelForCausalLM.from_pretrained(
         model.language_model.name_or_path, dtype=model.language_model.dtype, attn_implementation="sdpa"
     )
-    return base.eval().to(device())
+    return base.requires_grad_(False).eval().to(device())
 
 
 def memory_of(kind: str, ratio: str | None, batch: int, length: int, arguments) -> int:

@@ -1,5 +1,7 @@
 """Seconds and bytes, measured so that they can be compared: variants take turns, medians, peaks of one step."""
 
+import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -40,12 +42,18 @@ def peak_bytes() -> int:
 
 
 def peak_bytes_of(step: Callable[[], object]) -> int:
-    """Bytes that a step takes at its peak above what was taken before: on the accelerator if there is one."""
+    """
+    Bytes that a step takes at its peak above what was taken before: on the accelerator if there is one, else of this
+    process (Linux with glibc).
+    """
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated() - before
+    # What was freed before, as after loading a model, is still resident, and a step would use it uncounted.
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     before = _status("VmRSS")
     forget_peak()
     step()
