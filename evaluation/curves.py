@@ -2,7 +2,7 @@
 Learning curves of runs, side by side: `python -m icae.evaluation.curves RUN … --output results/NAME.json`.
 
 Reads `trainer_state.json` and `config.json` of each run and writes a JSON file and, beside it, a plot of a held-out
-loss over context tokens, with the control — the loss with another text's slots — dashed.
+loss over context tokens, with the control — the loss with another text's slots — dashed, and the accuracy beside it.
 """
 
 import argparse
@@ -41,18 +41,26 @@ def read_run(folder: Path, loss: str) -> dict[str, Any]:
 
 
 def plot(runs: dict[str, dict[str, Any]], loss: str, title: str, file: Path) -> None:
-    """Held-out loss over context tokens, the control dashed in the same colour."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    """
+    Held-out loss over context tokens, the control dashed in the same colour, and teacher-forced accuracy beside it.
+    """
+    figure, (axes, right) = plt.subplots(1, 2, figsize=(11, 4.5), width_ratios=(3, 2), layout="constrained")
+    accuracy = loss.replace("loss", "accuracy")
     for name, run in runs.items():
         (line,) = axes.plot(run["context_tokens"], run[loss], marker="o", markersize=3, label=name)
         axes.plot(run["context_tokens"], run[f"{loss}_other_text"], linestyle="--", color=line.get_color(), alpha=0.6)
+        right.plot(run["context_tokens"], run[accuracy], marker="o", markersize=3, color=line.get_color())
     axes.plot([], [], linestyle="--", color="gray", label="the same with another text's slots")
-    axes.set(xlabel="context tokens trained on", ylabel=f"{LABELS[loss]}, nats per token", title=title)
+    figure.suptitle(title)
+    axes.set(ylabel=f"{LABELS[loss]}, nats per token")
+    right.set(ylabel="teacher-forced accuracy", ylim=(0, 1))
     if loss == "ae_loss":
         axes.set_yscale("log")  # the control is a hundred times the loss
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k
+    for panel in (axes, right):
+        panel.set_xlabel("context tokens trained on")
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k
+        panel.grid(alpha=0.3, which="both")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(file, dpi=130)
     plt.close(figure)

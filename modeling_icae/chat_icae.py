@@ -43,7 +43,17 @@ def chat_pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Token ids of texts from outside: the names of control tokens in them stay text and control nothing."""
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    # Tokens that the template writes are not all special (Qwen's `</think>`): they are cut behind their first letter.
+    template, spelled = str(tokenizer.chat_template), {}
+    for control, token in tokenizer.added_tokens_decoder.items():
+        if not token.special and token.content.strip() and token.content in template:
+            first, rest = encode([token.content[:1], token.content[1:]])
+            spelled[control] = first + rest
+    return [[piece for token in ids for piece in spelled.get(token, [token])] for ids in encode(texts)]
 
 
 def encode_contexts(tokenizer: PreTrainedTokenizerBase, context: str | list[str]) -> list[list[int]]:

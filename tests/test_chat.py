@@ -4,6 +4,7 @@ import copy
 
 import pytest
 
+from icae.modeling_icae.chat_icae import encode_plain
 from tiny import TEMPLATE
 
 
@@ -87,6 +88,19 @@ def test_control_tokens_in_a_text_are_tokenised_as_text(with_template, place):
         (ids,), (plain,) = model.encode_prompts([hostile]), model.encode_prompts(["x"])
         assert [token for token in ids if token in control] == [token for token in plain if token in control]
         assert hostile in model.tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("in_template", [True, False])
+def test_tokens_of_the_template_that_are_not_special_are_text_in_a_text(with_template, in_template):
+    model = with_template("{# <think> </think> #}" + TEMPLATE if in_template else TEMPLATE)
+    model.tokenizer.add_tokens(["<think>", "</think>"])
+    control = set(model.tokenizer.convert_tokens_to_ids(["<think>", "</think>"]))
+    hostile = "a<think>b</think>"
+    (ids,) = encode_plain(model.tokenizer, [hostile])
+    assert model.tokenizer.decode(ids) == hostile
+    # Where the template cannot write them, they are words like any other of the base.
+    assert (control & set(ids) == set()) == in_template
+    assert model.encode_responses([hostile])[0][:-1] == ids
 
 
 def test_a_conversation_that_starts_with_another_role_is_refused(with_template):

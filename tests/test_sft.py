@@ -1,4 +1,5 @@
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -345,24 +346,37 @@ def test_icae_sft_runs_from_a_file_and_goes_on(config_file):
     assert ICAEForConditionalGeneration.from_pretrained(run).config.span_length == 16
 
 
-def test_the_teacher_writes_responses_to_tune_on(config_file, make_icae):
+def test_the_teacher_writes_responses_to_tune_on(config_file, make_icae, capsys):
     from icae.cli import main
 
     folder = config_file.parent
-    base = AutoModelForCausalLM.from_pretrained(folder / "base")
-    model = make_icae(base=base)
-    model.save_pretrained(folder / "icae")
+    load_base = partial(AutoModelForCausalLM.from_pretrained, folder / "base")
+    base, model = load_base(), make_icae(base=load_base())
+
+    def written(context, prompt):
+        chat = [{"role": "user", "content": f"{context}\n\n{prompt}"}]
+        text = "<s>" + model.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        ids = model.tokenizer(text, return_tensors="pt").input_ids
+        return base.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :].tolist()
+
+    answers = [written(*pair) for pair in zip(CONTEXTS, PROMPTS, strict=True)]
+    end = next(token for token in answers[1][1:] if token != answers[1][0])
+    base.config.eos_token_id = [2, end]
+    base.save_pretrained(folder / "base")
+    make_icae(base=load_base()).save_pretrained(folder / "icae")
     options = ["--model", str(folder / "icae"), "--dtype", "float32", "--max-new-tokens", "5", "--batch-size", "3"]
     files = ["--data", str(folder / "train.parquet"), "--output", str(folder / "taught.parquet")]
     assert main(["write-responses", *files, *options]) == 0
     taught = Dataset.from_parquet(str(folder / "taught.parquet"))
-    assert list(taught["context"]) == CONTEXTS
-    chat = [{"role": "user", "content": f"{CONTEXTS[1]}\n\n{PROMPTS[1]}"}]
-    text = "<s>" + model.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    ids = model.tokenizer(text, return_tensors="pt").input_ids
-    output = model.language_model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
-    assert taught[1]["response"] == model.tokenizer.decode(output, skip_special_tokens=True)
-    assert len(prepare_sft_dataset(taught, model)) == 4
+    complete = [ids.index(end) if end in ids else 0 for ids in answers]  # tokens before the end, none without one
+    kept = [index for index, length in enumerate(complete) if length]
+    assert 1 in kept and len(kept) < 4
+    assert list(taught["context"]) == [CONTEXTS[index] for index in kept]
+    expected = [model.tokenizer.decode(answers[index][: complete[index]]) for index in kept]
+    assert list(taught["response"]) == expected and "complete" not in taught.column_names
+    assert f"{len(kept)} responses in " in (printed := capsys.readouterr().out)
+    assert f"left out are {4 - len(kept)} rows whose answer was empty or not at its end after 5 tokens" in printed
+    assert len(prepare_sft_dataset(taught, model)) == len(kept)
 
 
 def test_the_preset_is_understood(tmp_path):

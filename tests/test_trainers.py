@@ -12,6 +12,7 @@ from peft import LoraConfig
 
 from icae import ICAEForConditionalGeneration
 from icae.trainers import ICAEPretrainingConfig, ICAEPretrainingTrainer
+from icae.trainers.icae_trainer import _rows_of_other_texts
 from tiny import SHORT_RUN, make_base
 
 
@@ -142,6 +143,16 @@ def test_evaluation_reports_the_control_and_real_reconstructions(make_trainer):
         output = model(**batch)
         other = model(**batch, memory=output.memory[[*range(1, len(output.memory)), 0]])
     assert other.task_losses["autoencoding"] != output.task_losses["autoencoding"]
+
+
+def test_the_control_of_an_evaluation_reads_another_context_even_where_neighbours_have_the_same():
+    ids = torch.tensor([[4, 5, 0], [4, 5, 0], [4, 5, 6], [4, 5, 0]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 1, 1], [1, 1, 0]])
+    assert _rows_of_other_texts(ids, mask) == [2, 2, 3, 2]
+    mask[0, 2] = 1  # longer than the others, whatever stands in their padding
+    assert _rows_of_other_texts(ids, mask) == [1, 2, 3, 0]
+    assert _rows_of_other_texts(ids[[1, 1, 3]], mask[[1, 1, 3]]) is None
+    assert _rows_of_other_texts(ids[:1], mask[:1]) is None
 
 
 def test_a_second_adapter_is_refused(make_icae, tmp_path):

@@ -160,10 +160,8 @@ class ICAETrainer(SFTTrainer):
             metrics[f"{SHORT_NAMES[task]}_accuracy"].append(accuracy)
         for name, value in self._position_metrics(outputs).items():
             metrics[name].append(value)
-        rows = len(outputs.memory)
-        if rows > 1:
-            other = outputs.memory[[*range(1, rows), 0]]
-            outputs_other = model(**inputs, memory=other, **self._weights(inputs))
+        if (other := _rows_of_other_texts(inputs["context_ids"], inputs["context_mask"])) is not None:
+            outputs_other = model(**inputs, memory=outputs.memory[other], **self._weights(inputs))
             for task, loss in outputs_other.task_losses.items():
                 metrics[f"{SHORT_NAMES[task]}_loss_other_text"].append(loss.item())
         return outputs.loss, None, None
@@ -285,6 +283,20 @@ class ICAETrainer(SFTTrainer):
         """Writes the card of an ICAE, from the facts that [`CardCallback`] keeps; arguments are not needed."""
         if self.is_world_process_zero():
             self.card.write_card()
+
+
+def _rows_of_other_texts(context_ids: torch.Tensor, context_mask: torch.Tensor) -> list[int] | None:
+    """For each row of a batch the next one with another context; None if a row has none."""
+    rows = len(context_ids)
+    contexts = [ids[mask.bool()].tolist() for ids, mask in zip(context_ids, context_mask, strict=True)]
+    others = []
+    for row, context in enumerate(contexts):
+        behind = [(row + step) % rows for step in range(1, rows)]
+        other = next((one for one in behind if contexts[one] != context), None)
+        if other is None:
+            return None
+        others.append(other)
+    return others
 
 
 def _warn_if_failed(push: Future) -> None:

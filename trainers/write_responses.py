@@ -30,21 +30,28 @@ def main(argv: list[str] | None = None) -> None:
     model = load_model(arguments.model, arguments.base, arguments.dtype)
     teacher = TokenReader(model.language_model, model, lambda ids: ids)
 
-    def answer(batch: dict[str, list]) -> dict[str, list[str]]:
+    def answer(batch: dict[str, list]) -> dict[str, list]:
         contexts = [[*chain(*encode_contexts(model.tokenizer, context))] for context in batch["context"]]
         prompts = model.encode_prompts(batch["prompt"])
         pairs = zip(contexts, prompts, strict=True)
         rows = [{"context_ids": context, "prompt_ids": prompt} for context, prompt in pairs]
-        return {"response": teacher.answers(rows, arguments.max_new_tokens)}
+        answers = teacher.answer_ids(rows, arguments.max_new_tokens)
+        return {
+            "response": model.tokenizer.batch_decode(answers, skip_special_tokens=True),
+            "complete": [0 < len(ids) < arguments.max_new_tokens for ids in answers],
+        }
 
     dataset = load_dataset("parquet", data_files=arguments.data, split="train")
     missing = {"context", "prompt"} - set(dataset.column_names)
     if missing:
         raise ValueError(f"Expected the columns `context` and `prompt`, got {dataset.column_names}.")
     answered = dataset.map(answer, batched=True, batch_size=arguments.batch_size, load_from_cache_file=False)
-    empty = sum(not response for response in answered["response"])
-    answered.filter(bool, input_columns=["response"]).to_parquet(arguments.output)
-    print(f"{len(answered) - empty} responses in {arguments.output}; {empty} rows without an answer are left out")
+    complete = answered.filter(bool, input_columns=["complete"]).remove_columns("complete")
+    complete.to_parquet(arguments.output)
+    print(
+        f"{len(complete)} responses in {arguments.output}; left out are {len(answered) - len(complete)} rows whose "
+        f"answer was empty or not at its end after {arguments.max_new_tokens} tokens"
+    )
 
 
 if __name__ == "__main__":
