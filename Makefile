@@ -49,10 +49,16 @@ tune-embedded: $(STAMP)  ## its instruction stage; goes on where it was interrup
 	OMP_NUM_THREADS=1 $(BIN)/icae sft --config trainers/presets/sft_cpu.yaml --init_from runs/icae-smollm2-135m \
 	  --train_files $(TRIPLES)/train.parquet --eval_files $(TRIPLES)/validation.parquet --resume true
 
-evaluate: $(STAMP)  ## what the embedded checkpoint keeps -> results/reconstruction.json, results/answers.json
-	$(BIN)/icae evaluate reconstruction --data $(DATA)/validation.parquet
-	$(BIN)/icae evaluate answers --data $(TRIPLES)/validation.parquet --per-source 4
+# A few hours on one core. Interrupted, the same command goes on; what is done already, it does again.
+evaluate: $(STAMP)  ## what the embedded checkpoint keeps and costs -> results/*.json, runs/report; card and README from them
+	$(BIN)/icae evaluate reconstruction --data $(DATA)/validation.parquet --without wikitext2
+	$(BIN)/icae evaluate continuation --data $(DATA)/validation.parquet
+	$(BIN)/icae evaluate probes --data $(DATA)/validation.parquet --without wikitext2 de_eltec code_python_stdlib --pairs 30
+	$(BIN)/icae evaluate answers --data $(TRIPLES)/validation.parquet --per-source 5
+	$(BIN)/icae bench generate --contexts 512 1024 2048 4096 8000
 	$(BIN)/icae card checkpoints/icae-smollm2-135m --results results
+	$(BIN)/python -m icae.evaluation.readme
+	$(BIN)/icae report --output runs/report
 
 evaluate-quick: $(STAMP)  ## a small subset of the evaluations, without any other files -> runs/quick/*.json
 	OMP_NUM_THREADS=1 $(BIN)/icae evaluate reconstruction --quick

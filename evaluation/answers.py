@@ -63,6 +63,7 @@ from icae.modeling_icae.chat_icae import encode_contexts
 
 SHORT_ANSWERS = 10  # words; sources whose references are shorter on average count as short-answer sources
 QUICK = {"per_source": 1, "max_context_length": 256, "max_new_tokens": 16}
+FORM = ("memory_type", "encoder_layout", "decoder_layout", "lora_r", "lora_target_modules")  # of an ICAE
 BySource = dict[str, list[float]]  # one number for each row
 
 
@@ -79,7 +80,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse(parser, argv, QUICK)
 
     model = load_model(arguments.model, arguments.base, arguments.dtype)
-    rows = choose_rows(arguments.data, arguments.per_source, arguments.max_context_length, arguments.seed, model)
+    rows, left_out = choose_rows(
+        arguments.data, arguments.per_source, arguments.max_context_length, arguments.seed, model
+    )
     shared = {
         "data": digest(arguments.data),
         "dtype": arguments.dtype,
@@ -96,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         "what": "answers to held-out prompts",
         "unit": "intervals of 95%, bootstrap over the rows of each source",
         "rows": len(rows),
+        "rows_left_out_as_too_long": left_out,
         "context_tokens": sum(len(row["context_ids"]) for row in rows),
         "slots": sum(number_of_slots(model, row["context_ids"]) for row in rows),
         "arguments": recorded(arguments),
@@ -112,29 +116,34 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name:20s} F1 {found['f1']:.3f}  loss {found['loss']:.3f}")
 
 
-def choose_rows(data: str, per_source: int, max_length: int, seed: int, model) -> list[Row]:
+def choose_rows(data: str, per_source: int, max_length: int, seed: int, model) -> tuple[list[Row], int]:
     """
     The same number of rows of each source, with their token ids and their number in the file (`row`), shortest context
-    first. More rows of each source are those that fewer would be, and others.
+    first; and how many rows of the file are too long to be chosen. More rows of each source are those that fewer would
+    be, and others.
     """
     tokenizer = model.tokenizer
     dataset: Dataset = load_dataset("parquet", data_files=data, split="train")
     dataset = dataset.add_column("row", list(range(len(dataset)))).shuffle(seed=seed)
     if "source" not in dataset.column_names:
         dataset = dataset.add_column("source", ["all"] * len(dataset))
-    dataset = dataset.map(lambda row: {"context_ids": [*chain(*encode_contexts(tokenizer, row["context"]))]}).filter(
-        lambda ids: len(ids) <= max_length, input_columns=["context_ids"]
-    )
+    dataset = dataset.map(lambda row: {"context_ids": [*chain(*encode_contexts(tokenizer, row["context"]))]})
+    fitting = dataset.filter(lambda ids: len(ids) <= max_length, input_columns=["context_ids"])
+    if not len(fitting):
+        raise ValueError(
+            f"Expected rows with a context of at most {max_length} tokens, got none among {len(dataset)}; raise "
+            "`--max-context-length`."
+        )
     parts = [
-        dataset.filter(lambda found, source=source: found == source, input_columns=["source"]).take(per_source)
-        for source in sorted(set(dataset["source"]))
+        fitting.filter(lambda found, source=source: found == source, input_columns=["source"]).take(per_source)
+        for source in sorted(set(fitting["source"]))
     ]
     rows = []
     for row in concatenate_datasets(parts):
         row["prompt_ids"] = model.encode_prompts([row["prompt"]])[0]
         row["response_ids"] = model.encode_responses([row["response"]])[0]
         rows.append(row)
-    return sorted(rows, key=lambda row: len(row["context_ids"]))
+    return sorted(rows, key=lambda row: len(row["context_ids"])), len(dataset) - len(fitting)
 
 
 # ----------------------------------------------------------------------------------------------- what answers are from
@@ -159,6 +168,7 @@ def compared(
     base = model.language_model  # at rest the frozen base
     frozen = {"base": model.config.base_model_fingerprint}
     budget = frozen | {"span_length": model.config.span_length, "slots_per_span": model.config.max_slots_per_span}
+    form = budget | {name: getattr(model.config, name) for name in FORM}
 
     def untrained() -> Reader:
         torch.manual_seed(seed)
@@ -182,7 +192,7 @@ def compared(
         Compared("summary", budget, lambda: SummaryReader(base, model)),
         Compared("retrieved sentences", budget, lambda: RetrievalReader(base, model)),
         Compared("no context", frozen, lambda: TokenReader(base, model, lambda ids: [])),
-        Compared("untrained slots", budget | {"seed": seed}, untrained),
+        Compared("untrained slots", form | {"seed": seed}, untrained),
     ]
     if kvpress:
         made_from = budget | {"kvpress": tool_version(kvpress, "kvpress")}

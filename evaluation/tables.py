@@ -32,7 +32,7 @@ def with_interval(value: float, bounds: list[float] | None, form: str = "{:.2f}"
 def embedded(record: Record) -> str:
     """What the checkpoints reconstruct."""
     arguments = record["arguments"]
-    contexts = f"1 to {arguments['max_spans']} spans" if "max_spans" in arguments else _lengths(arguments["lengths"])
+    contexts = _lengths(arguments["lengths"])
     control = "another text's slots"
     losses = table(
         ("", "autoencoding loss", control, "accuracy", "BLEU", "continuation loss", control),
@@ -185,15 +185,17 @@ def probes(record: Record) -> str:
     rows = []
     for name, model in record["models"].items():
         for reading, kinds in model["readers"].items():
-            rows.append([f"{name}, {reading}", *(f"{row['accuracy']:.0%}" for row in kinds.values())])
+            accuracies = [f"{row['accuracy']:.0%}" for row in kinds.values()]
+            rows.append([f"{name}, {reading}", *accuracies, f"{kinds['all']['told_apart']:.0%}"])
     (low, high) = next(iter(record["models"].values()))["readers"]["icae"]["all"]["interval"]
     return f"""\
 **Which facts survive**: is the true answer likelier than the same with another value? {record["texts"]}
 {"generated and real" if record["data"] else "generated"} texts, chance is 50% ([probes.json](results/probes.json)):
 
-{table(["", *kinds], rows)}
+{table(["", *kinds, "told apart"], rows)}
 
-The 95% interval of the first number for all kinds reaches from {low:.0%} to {high:.0%}.
+"Told apart": are the true answers about a text and about its twin, which has other values, together likelier than the
+false ones? The 95% interval of the first number for all kinds reaches from {low:.0%} to {high:.0%}.
 """
 
 

@@ -42,7 +42,7 @@ def model(saved):
 
 @pytest.fixture
 def rows(saved, model):
-    return choose_rows(str(saved / "data.parquet"), 2, 200, 0, model)
+    return choose_rows(str(saved / "data.parquet"), 2, 200, 0, model)[0]
 
 
 # -------------------------------------------------------------------------------------------------------- comparators

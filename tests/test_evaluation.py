@@ -63,7 +63,8 @@ def saved(make_icae, tokenizer, tmp_path):
 
 def test_full_context_truncation_and_no_context_read_what_they_say(saved):
     model = ICAEForConditionalGeneration.from_pretrained(saved / "icae")
-    rows = choose_rows(str(saved / "data.parquet"), 2, 100, 0, model)
+    rows, left_out = choose_rows(str(saved / "data.parquet"), 2, 100, 0, model)
+    assert left_out == 0
     assert [row["source"] for row in rows].count("long") == 2 == len(rows) / 2
     row = rows[0]
     assert number_of_slots(model, row["context_ids"]) == int(model.compress(row["context"]).num_slots)
@@ -72,9 +73,19 @@ def test_full_context_truncation_and_no_context_read_what_they_say(saved):
     assert text == f"<s><|im_start|>user\n{row['context'][:3]}\n\nWhich cat?<|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_rows_with_long_contexts_are_left_out_and_counted(saved, tmp_path):
+    model = ICAEForConditionalGeneration.from_pretrained(saved / "icae")
+    longer = Dataset.from_dict(TRIPLES[:2] | {"context": ["A cat.", "x" * 90]})
+    longer.to_parquet(tmp_path / "longer.parquet")
+    rows, left_out = choose_rows(str(tmp_path / "longer.parquet"), 2, 80, 0, model)
+    assert [row["context"] for row in rows] == ["A cat."] and left_out == 1
+    with pytest.raises(ValueError, match="Expected rows with a context of at most 5 tokens, got none among 2; raise"):
+        choose_rows(str(tmp_path / "longer.parquet"), 2, 5, 0, model)
+
+
 def test_a_batch_of_answers_equals_one_by_one(saved):
     model = ICAEForConditionalGeneration.from_pretrained(saved / "icae")
-    rows = choose_rows(str(saved / "data.parquet"), 2, 100, 0, model)
+    rows, _ = choose_rows(str(saved / "data.parquet"), 2, 100, 0, model)
     rows[0]["context_ids"] = rows[0]["context_ids"][:7]
     for reader in (SlotReader(model), TokenReader(model.language_model, model, lambda ids: ids)):
         with torch.no_grad():
