@@ -46,7 +46,8 @@ def results(tokenizer, tmp_path_factory):
             run("judge", "--data", "triples.parquet", *against)
         bench = ["bench", "generate", "--model", "icae", "--contexts", "32", "--new-tokens", "2", "--repeats", "1"]
         assert main([*bench, "--no-memory"]) == 0
-        state = [{"eval_ae_loss": 2.0, "eval_ae_loss_other_text": 5.0, "eval_num_tokens": 10.0, "step": 1}]
+        measured = {"eval_ae_loss": 2.0, "eval_ae_loss_other_text": 5.0, "eval_ae_accuracy": 0.5}
+        state = [measured | {"eval_num_tokens": 10.0, "step": 1}]
         (folder / "icae" / "trainer_state.json").write_text(json.dumps({"log_history": state}))
         curves.main(["icae", "--output", "results/embedded.json", "--title", "Curves of a tiny model"])
     return folder / "results"
