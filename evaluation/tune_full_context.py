@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     script, icae, config = parser.parse_args_and_config(argv)
     set_seed(config.seed)
     model = load_model(script, icae)
-    train, evaluation = load_data(script)
+    train, evaluation = load_data(script, config.seed)
     prefix = model._prefix("instruction").tolist()
 
     def join(row):

@@ -13,6 +13,7 @@ from peft import LoraConfig
 from icae import ICAEForConditionalGeneration
 from icae.trainers import ICAEPretrainingConfig, ICAEPretrainingTrainer
 from icae.trainers.icae_trainer import _rows_of_other_texts
+from icae.trainers.scripts import ICAEArguments, ScriptArguments, load_data
 from tiny import SHORT_RUN, make_base
 
 
@@ -240,11 +241,18 @@ def test_data_must_be_named(command_line, capsys):
     assert "Expected `dataset_name` or `train_files`" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_train_samples_are_drawn_with_the_seed_and_evaluation_keeps_its_own(command_line, streaming):
+    files = [str(command_line / "train.parquet")]
+    script = ScriptArguments(train_files=files, eval_files=files, train_samples=3, streaming=streaming)
+    first, again, other = ([row["text"] for row in load_data(script, seed)[0]] for seed in (1, 1, 2))
+    assert len(first) == 3 and first == again != other and set(first) < set(DOCUMENTS["text"])
+    assert len(load_data(script, 1)[1]) == len(DOCUMENTS)
+
+
 @pytest.mark.parametrize("preset", ["paper", "cpu", "gpu_1b", "gpu_7b"])
 def test_the_presets_are_understood(preset, tmp_path):
     from trl import TrlParser
-
-    from icae.trainers.scripts import ICAEArguments, ScriptArguments
 
     file = Path(__file__).parents[1] / "trainers" / "presets" / f"{preset}.yaml"
     parser = TrlParser((ScriptArguments, ICAEArguments, ICAEPretrainingConfig))

@@ -32,6 +32,9 @@ class ScriptArguments:
     train_split: str = field(default="train", metadata={"help": "Split of the data set to train on."})
     eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
     streaming: bool = field(default=False, metadata={"help": "Stream the data set instead of downloading it."})
+    train_samples: int | None = field(
+        default=None, metadata={"help": "So many rows of the training data, drawn with `seed`. Default: all."}
+    )
     eval_samples: int = field(default=64, metadata={"help": "Held-out samples of each evaluation."})
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in `output_dir`."})
     license: str | None = field(default=None, metadata={"help": "For the model card: licence of what is trained."})
@@ -78,19 +81,23 @@ def load_model(script: ScriptArguments, icae: ICAEArguments) -> ICAEForCondition
     return ICAEForConditionalGeneration.from_base(base, config, **options)
 
 
-def load_data(script: ScriptArguments):
+def load_data(script: ScriptArguments, seed: int):
     """The data sets to train and to evaluate on."""
+    streaming, evaluation = script.streaming, None
     if script.train_files:
-        train = load_dataset("parquet", data_files=script.train_files, split="train", streaming=script.streaming)
-        evaluation = script.eval_files and load_dataset("parquet", data_files=script.eval_files, split="train")
-        return train, evaluation or None
-    if script.dataset_name is None:
+        train = load_dataset("parquet", data_files=script.train_files, split="train", streaming=streaming)
+        if script.eval_files:
+            evaluation = load_dataset("parquet", data_files=script.eval_files, split="train")
+    elif script.dataset_name:
+        name = (script.dataset_name, script.dataset_config)
+        train = load_dataset(*name, split=script.train_split, streaming=streaming)
+        if script.eval_split:
+            evaluation = load_dataset(*name, split=script.eval_split, streaming=streaming)
+    else:
         raise ValueError("Expected `dataset_name` or `train_files`, got neither; name the data to train on.")
-
-    def load(split: str):
-        return load_dataset(script.dataset_name, script.dataset_config, split=split, streaming=script.streaming)
-
-    return load(script.train_split), load(script.eval_split) if script.eval_split else None
+    if script.train_samples is not None:
+        train = train.shuffle(seed=seed).take(script.train_samples)
+    return train, evaluation
 
 
 def data_sources(script: ScriptArguments) -> list[DataSource]:
