@@ -17,8 +17,18 @@ from icae.evaluation.record import write_record
 
 
 FIELDS = ("memory_type", "encoder_layout", "decoder_layout", "span_length", "compression_ratio", "lora_r")
+RUN = "run.json"  # how `icae pretrain` and `icae sft` say that they made it
 COLUMNS = (
-    *("ae_loss", "ae_loss_other_text", "ae_accuracy", "lm_loss", "lm_loss_other_text", "bleu", "exact_prefix"),
+    *(
+        "ae_loss",
+        "ae_loss_other_text",
+        "ae_accuracy",
+        "lm_loss",
+        "lm_loss_other_text",
+        "lm_accuracy",
+        "bleu",
+        "exact_prefix",
+    ),
     *("response_loss", "response_loss_other_text", "response_accuracy", "f1", "exact_match"),
 )
 LABELS = {"ae_loss": "autoencoding loss", "lm_loss": "continuation loss", "response_loss": "loss of the response"}
@@ -28,9 +38,11 @@ def read_run(folder: Path, loss: str) -> dict[str, Any]:
     """Settings and evaluations of one run."""
     config = json.loads((folder / "config.json").read_text())
     state = json.loads((folder / "trainer_state.json").read_text())
+    made = json.loads((folder / RUN).read_text()) if (folder / RUN).is_file() else {}
     evaluations = [entry for entry in state["log_history"] if f"eval_{loss}" in entry]
     return {
         "config": {name: config[name] for name in FIELDS},
+        "trained": {name: made[name] for name in ("steps", "seed", "made_by") if name in made},
         "context_tokens": [entry["eval_num_tokens"] for entry in evaluations],
         **{
             column: [entry[f"eval_{column}"] for entry in evaluations]

@@ -16,11 +16,12 @@ runs:
 ```
 
 Options behind the file (`--train_files`, `--eval_files`) go to every run that does not set them itself. Runs that have
-finished are not repeated, and one that was interrupted goes on, so the same command can be given again. A later run
-may start from an earlier one: `init_from: runs/layouts/uniform`.
+finished are not repeated, and one that was interrupted goes on from its last checkpoint, if it has any, so the same
+command can be given again. A later run may start from an earlier one: `init_from: runs/layouts/uniform`.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ from icae.evaluation.curves import LABELS
 from icae.evaluation.curves import main as draw_curves
 
 
+COMMAND = "sweep.json"  # in the folder of a finished run
 KEYS = {"title", "output", "folder", "loss", "shared", "runs"}
 
 
@@ -48,9 +50,15 @@ def main(argv: list[str] | None = None) -> None:
     for name in chosen:
         run = dict(sweep["runs"][name])
         stage, folder = run.pop("stage"), Path(sweep["folder"], name)
-        if not (folder / "arguments.json").is_file():  # written when a run ends
-            values = sweep["shared"].get(stage, {}) | run | {"output_dir": str(folder), "resume": "true"}
-            command = [stage, *options, *(word for key, value in values.items() for word in as_words(key, value))]
+        values = sweep["shared"].get(stage, {}) | run | {"output_dir": str(folder), "resume": "true"}
+        command = [stage, *options, *(word for key, value in values.items() for word in as_words(key, value))]
+        finished = folder / COMMAND
+        if finished.is_file() and json.loads(finished.read_text()) != command:
+            raise ValueError(
+                f"Expected the run in {str(folder)!r} to be made by what the sweep says now, got one of the command "
+                f"'icae {' '.join(json.loads(finished.read_text()))}'; remove the folder, or give another `folder`."
+            )
+        if not finished.is_file():
             print("icae", *command, flush=True)
             done = subprocess.run([sys.executable, "-m", "icae.cli", *command], check=False)
             if done.returncode:
@@ -58,6 +66,7 @@ def main(argv: list[str] | None = None) -> None:
                     f"Expected the run {name!r} to end well, got exit status {done.returncode}; its own message "
                     "stands above. The same command goes on from here."
                 )
+            finished.write_text(json.dumps(command, indent=1) + "\n")
         if f'"eval_{sweep["loss"]}"' in (folder / "trainer_state.json").read_text():
             drawn.append(str(folder))
     shown = ["--loss", sweep["loss"], "--title", sweep["title"], "--output", sweep["output"]]

@@ -247,7 +247,7 @@ context tokens each (`make comparison`; [curves](results/layouts.png)):
 def runs(record: Record) -> str:
     """Where training runs ended."""
     measured = dict.fromkeys(key for run in record["runs"].values() for key in run)
-    columns = [key for key in measured if key not in ("config", "context_tokens")]
+    columns = [key for key in measured if key not in ("config", "trained", "context_tokens")]
     rows = [
         [
             name,

@@ -237,7 +237,9 @@ class CardFacts:
                 (run,) = found[stage.curves]["runs"].values()
                 stage.context_tokens = int(run["context_tokens"][-1])
                 stage.evaluation = {
-                    name: values[-1] for name, values in run.items() if name not in ("config", "context_tokens")
+                    name: values[-1]
+                    for name, values in run.items()
+                    if name not in ("config", "trained", "context_tokens")
                 }
 
 

@@ -66,10 +66,22 @@ def test_a_sweep_trains_each_run_once_and_draws_those_that_have_the_loss(sweep_f
     assert len(commands) == 3
     found = json.loads(Path("out/sweep.json").read_text())["runs"]
     assert list(found) == ["both tasks", "continuation only"]  # the third has no continuation to lose
+    trained = found["both tasks"]["trained"]
+    assert trained["steps"] == 2 and trained["seed"] == SHORT_RUN["seed"] and trained["made_by"]["versions"]
     assert len(found["both tasks"]["lm_loss"]) == 2 and "ae_loss" not in found["continuation only"]
     assert Path("out/sweep.png").is_file()
     adapters = [json.loads(Path("runs", name, "adapter/adapter_config.json").read_text()) for name in found]
     assert next(adapter["target_modules"] for adapter in adapters) == ["q_proj", "v_proj"]
+
+
+def test_a_finished_run_is_not_taken_for_that_of_another_sweep(sweep_file, monkeypatch, capsys):
+    monkeypatch.setattr(subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 0))
+    folder = Path("runs", "both tasks")
+    folder.mkdir(parents=True)
+    (folder / "sweep.json").write_text('["pretrain", "--max_steps", "9"]')
+    assert main(["sweep", str(sweep_file)]) == 2
+    message = capsys.readouterr().err
+    assert "got one of the command 'icae pretrain --max_steps 9'; remove the folder" in message
 
 
 def test_a_run_that_fails_ends_the_sweep_with_its_name(sweep_file, monkeypatch, capsys):

@@ -1,6 +1,5 @@
 """What `icae pretrain` and `icae sft` share: their arguments, the model, the data, the run."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from datasets import load_dataset
 
 from icae.configuration_icae import ICAEConfig
 from icae.embedded import EMBEDDED_BASE_ID, embedded_base
+from icae.evaluation.record import write_record
 from icae.model_cards import DataSource
 from icae.modeling_icae import ICAEForConditionalGeneration
 
@@ -120,4 +120,5 @@ def run(trainer: ICAETrainer, script: ScriptArguments, icae: ICAEArguments) -> N
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        Path(output_dir, "arguments.json").write_text(json.dumps(vars(script) | vars(icae), indent=1) + "\n")
+        done = {"steps": trainer.state.global_step, "seed": trainer.args.seed}
+        write_record(Path(output_dir, "run.json"), {"arguments": vars(script) | vars(icae), **done})
