@@ -9,6 +9,7 @@ Held-out prompts are answered greedily from each of
   `python -m icae.evaluation.tune_full_context`);
 - `no context`: the frozen base with the prompt alone;
 - `untrained slots`: an ICAE without any training;
+- `another text's slots`: the control, which has learnt to answer as `icae` has but reads another context's memory;
 
 and by the frozen base from as many tokens as there are slots:
 
@@ -45,6 +46,7 @@ from transformers import AutoModelForCausalLM
 from icae.cli import load_model
 from icae.evaluation.answer_files import AnswerFile, Line, digest
 from icae.evaluation.arguments import command_line, evaluation_parser, parse, recorded
+from icae.evaluation.documents import batches
 from icae.evaluation.measures import ROUGE, mean, scores
 from icae.evaluation.readers import (
     Reader,
@@ -90,7 +92,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     answers = {}
     for reader in compared(model, arguments.tuned, arguments.llmlingua, arguments.kvpress, arguments.seed):
-        file = arguments.output.with_suffix("") / f"{re.sub(r'[^a-z]+', '-', reader.name.lower())}.jsonl"
+        words = re.findall(r"[a-z]+", reader.name.lower().replace("'", ""))
+        file = arguments.output.with_suffix("") / f"{'-'.join(words)}.jsonl"
         answers[reader.name] = AnswerFile(file, {"reader": reader.name, **shared, **reader.made_from})
         fill(answers[reader.name], reader.make, rows, arguments.max_new_tokens, arguments.batch_size)
     measured = {name: measure(file.rows, rows) for name, file in answers.items()}
@@ -175,11 +178,11 @@ def compared(
         fresh = ICAEForConditionalGeneration.from_base(
             base.name_or_path, model.config, tokenizer=model.tokenizer, dtype=base.dtype
         )
-        return SlotReader(fresh.eval())
+        return SlotReader(fresh.eval().to(base.device))
 
     def full_context_tuned() -> Reader:
         adapted = AutoModelForCausalLM.from_pretrained(base.name_or_path, dtype=base.dtype)
-        return TokenReader(PeftModel.from_pretrained(adapted, tuned).eval(), model, lambda ids: ids)
+        return TokenReader(PeftModel.from_pretrained(adapted, tuned).eval().to(base.device), model, lambda ids: ids)
 
     found = [
         Compared("icae", {"model": model.fingerprint}, lambda: SlotReader(model)),
@@ -193,6 +196,7 @@ def compared(
         Compared("retrieved sentences", budget, lambda: RetrievalReader(base, model)),
         Compared("no context", frozen, lambda: TokenReader(base, model, lambda ids: [])),
         Compared("untrained slots", form | {"seed": seed}, untrained),
+        Compared("another text's slots", {"model": model.fingerprint}, lambda: SlotReader(model, other_text=True)),
     ]
     if kvpress:
         made_from = budget | {"kvpress": tool_version(kvpress, "kvpress")}
@@ -209,12 +213,11 @@ def compared(
 @torch.no_grad()
 def fill(file: AnswerFile, make: Callable[[], Reader], rows: list[Row], max_new_tokens: int, batch_size: int) -> None:
     """Answers the rows that a file does not hold yet, in the same batches as if it held none."""
-    batches = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
-    batches = [batch for batch in batches if any(row["row"] not in file.rows for row in batch)]
-    if not batches:
+    missing = [batch for batch in batches(rows, batch_size) if any(row["row"] not in file.rows for row in batch)]
+    if not missing:
         return
     reader = make()
-    for batch in tqdm(batches, desc=file.name):
+    for batch in tqdm(missing, desc=file.name):
         losses, answers = reader.losses(batch), reader.answers(batch, max_new_tokens)
         found = zip(batch, losses, answers, strict=True)
         lines = [{"row": row["row"], "loss": round(loss, 6), "answer": answer} for row, loss, answer in found]

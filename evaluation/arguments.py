@@ -50,10 +50,18 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, quick: dict[s
 
 
 def named_models(arguments: argparse.Namespace) -> Iterator[tuple[str, ICAEForConditionalGeneration]]:
-    """The models of `--models NAME=FOLDER …`, loaded one after the other. A folder without a name is its own."""
-    for model in arguments.models or ["embedded="]:
-        name, _, folder = model.rpartition("=")
-        yield name or Path(folder).name, load_model(folder or None, arguments.base, arguments.dtype)
+    """
+    The models of `--models NAME=FOLDER …`, loaded one after the other. A folder without a name is its own.
+
+    Raises:
+        `ValueError`: if two have the same name.
+    """
+    parts = [model.rpartition("=") for model in arguments.models or ["embedded="]]
+    named = {name or Path(folder).name: folder for name, _, folder in parts}
+    if len(named) < len(parts):
+        raise ValueError(f"Expected models of different names, got {arguments.models}; name them, `NAME=FOLDER`.")
+    for name, folder in named.items():
+        yield name, load_model(folder or None, arguments.base, arguments.dtype)
 
 
 def recorded(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -205,13 +205,9 @@ def _wait() -> None:
 # ------------------------------------------------------------------------------------------------------------ models
 
 
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def load_icaes(arguments) -> dict[str, ICAEForConditionalGeneration]:
     """The checkpoint, or untrained ICAEs of the same form at each of the ratios given, by name."""
-    model = load_model(arguments.model, arguments.base, arguments.dtype, attn_implementation="sdpa").to(device())
+    model = load_model(arguments.model, arguments.base, arguments.dtype, attn_implementation="sdpa")
     if not arguments.ratios:
         length = model.config.span_length
         return {f"{length / model.config.max_slots_per_span:g}x": model}
@@ -228,7 +224,7 @@ def load_icaes(arguments) -> dict[str, ICAEForConditionalGeneration]:
             attn_implementation="sdpa",
         ).eval()
         untrained._make_trainable(False)
-        models[f"{ratio:g}x"] = untrained.to(device())
+        models[f"{ratio:g}x"] = untrained.to(model.device)
     return models
 
 
@@ -240,7 +236,7 @@ def load_plain(model: ICAEForConditionalGeneration):
     base = AutoModelForCausalLM.from_pretrained(
         model.language_model.name_or_path, dtype=model.language_model.dtype, attn_implementation="sdpa"
     )
-    return base.requires_grad_(False).eval().to(device())
+    return base.requires_grad_(False).eval().to(model.device)
 
 
 def memory_of(kind: str, ratio: str | None, batch: int, length: int, arguments) -> int:

@@ -4,7 +4,7 @@
 The loss of the tokens that follow a context, read from
 
 - `icae`: the memory of the context, behind the `[LM]` token;
-- `another text's slots`: the control — as good as `icae`, and the slots are not read;
+- `another text's slots`: the control, a text of the same source — as good as `icae`, and the slots are not read;
 - `full context`: the frozen base with the context itself;
 - `last tokens`: the frozen base with as many tokens from the end of the context as there are slots;
 - `no context`: the frozen base with neither.
@@ -51,7 +51,7 @@ def evaluate(reader: Reader, windows: list[Window], length: int, target_length: 
     rows = []
     for window in windows:
         context, targets = split_window(window, length, target_length)
-        rows.append({"context_ids": context, "prompt_ids": [], "response_ids": targets})
+        rows.append({"context_ids": context, "prompt_ids": [], "response_ids": targets, "source": window["source"]})
     return [loss for batch in batches(rows, batch_size) for loss in reader.losses(batch)]
 
 

@@ -70,7 +70,7 @@ def cut_windows(
 ) -> list[Window]:
     """
     Windows of exactly `length` tokens that do not overlap, `per_source` of each source (fewer if it has no more),
-    drawn from all of its documents, in an order that mixes the sources: dicts of `ids` and `source`.
+    drawn from all of its documents, those of a source together: dicts of `ids` and `source`.
 
     Raises:
         `ValueError`: if there are fewer than two, as many as the control with another text needs.
@@ -82,18 +82,13 @@ def cut_windows(
         found.setdefault(row["source"], []).extend(windows)
     rng = np.random.default_rng(seed)
     chosen = {source: rng.permutation(len(windows))[:per_source] for source, windows in sorted(found.items())}
-    mixed = [
-        {"ids": found[source][indices[number]], "source": source}
-        for number in range(per_source)
-        for source, indices in chosen.items()
-        if number < len(indices)
-    ]
-    if len(mixed) < 2:
+    cut = [{"ids": found[source][index], "source": source} for source, indices in chosen.items() for index in indices]
+    if len(cut) < 2:
         raise ValueError(
-            f"Expected documents with at least two windows of {length} tokens, got {len(mixed)}; ask for shorter "
+            f"Expected documents with at least two windows of {length} tokens, got {len(cut)}; ask for shorter "
             "contexts or give more text."
         )
-    return mixed
+    return cut
 
 
 def split_window(window: Window, length: int, target_length: int) -> tuple[list[int], list[int]]:

@@ -77,7 +77,8 @@ def real_pairs(documents: Dataset | None, model: ICAEForConditionalGeneration, a
         return []
     windows = cut_windows(documents, model.tokenizer, arguments.length, 2 * arguments.per_kind, arguments.seed)
     passages = model.tokenizer.batch_decode([window["ids"] for window in windows])
-    return make_text_pairs(passages, arguments.per_kind, arguments.seed)
+    sources = [window["source"] for window in windows]
+    return make_text_pairs(list(zip(passages, sources, strict=True)), arguments.per_kind, arguments.seed)
 
 
 def measure(
@@ -155,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
         results[name] = {"slots": sum(slots), "readers": {reading: summarize(rows) for reading, rows in found.items()}}
     record = {
         "what": "facts of texts: is the true answer likelier than the same with another value? chance 50%",
-        "unit": "share of the probes that are right, with 95% intervals (Wilson)",
+        "unit": "share of the probes that are right, with 95% intervals (Wilson, as if all probes were independent)",
         "data": about,
         "texts": len(contexts),
         "context_tokens": sum(map(len, contexts)),

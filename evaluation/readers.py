@@ -10,7 +10,7 @@ are slots.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby, takewhile
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from icae.modeling_icae import ICAEForConditionalGeneration
+from icae.modeling_icae import ICAEForConditionalGeneration, ICAEMemory
 from icae.modeling_icae.chat_icae import encode_plain
 
 
@@ -49,21 +49,27 @@ class SlotReader:
         model ([`ICAEForConditionalGeneration`]): the ICAE.
         task (`str`, *optional*, defaults to `"instruction"`): or `"continuation"`.
         other_text (`bool`, *optional*, defaults to `False`):
-            Read the next row's memory instead of the row's own: the control. Batches need two different contexts.
+            Read the memory of the next other context instead of the row's own, one of the same `source` if the batch
+            has any: the control. Batches need two different contexts.
     """
 
     def __init__(self, model: ICAEForConditionalGeneration, task: str = "instruction", other_text: bool = False):
         self.model, self.task, self.other_text = model, task, other_text
 
     @torch.no_grad()
-    def nats(self, rows: list[Row]) -> list[torch.Tensor]:
+    def memories(self, rows: list[Row]) -> ICAEMemory:
+        """The memory that each row is answered from. Neighbours with the same context share its encoder pass."""
         groups = [list(group) for _, group in groupby(rows, lambda row: row["context_ids"])]
         memory = self.model.compress([group[0]["context_ids"] for group in groups])
         if self.other_text:
             if len(groups) < 2:
                 raise ValueError("Expected two different contexts in a batch of the control, got one; raise it.")
-            memory = memory[[*range(1, len(groups)), 0]]
-        memory = memory[[index for index, group in enumerate(groups) for _ in group]]
+            memory = memory[next_of_same_source([group[0].get("source") for group in groups])]
+        return memory[[index for index, group in enumerate(groups) for _ in group]]
+
+    @torch.no_grad()
+    def nats(self, rows: list[Row]) -> list[torch.Tensor]:
+        memory = self.memories(rows)
         names = {"response": "response_ids", "prompt": "prompt_ids"}
         if self.task == "continuation":
             names = {"continuation": "response_ids"}
@@ -80,8 +86,8 @@ class SlotReader:
         return [nats.mean().item() for nats in self.nats(rows)]
 
     def answers(self, rows: list[Row], max_new_tokens: int) -> list[str]:
-        contexts, prompts = [row["context_ids"] for row in rows], [row["prompt_ids"] for row in rows]
-        output = self.model.generate(contexts, prompts, max_new_tokens=max_new_tokens, do_sample=False)
+        memory, prompts = self.memories(rows), [row["prompt_ids"] for row in rows]
+        output = self.model.generate(memory=memory, prompt=prompts, max_new_tokens=max_new_tokens, do_sample=False)
         return self.model.tokenizer.batch_decode(output, skip_special_tokens=True)
 
 
@@ -229,6 +235,18 @@ class RetrievalReader(TokenReader):
             chosen[index] = sentence_ids[index][:left]
             left -= len(chosen[index])
         return [token for index in sorted(chosen) for token in chosen[index]]
+
+
+def next_of_same_source(sources: Sequence[str | None]) -> list[int]:
+    """
+    For each row of a batch the next row of its source, or the next row where its source has no other: whose memory the
+    control reads, so that it is of another text but not of another language or kind.
+    """
+    rows, found = len(sources), []
+    for row, source in enumerate(sources):
+        behind = [(row + step) % rows for step in range(1, rows)]
+        found.append(next((one for one in behind if sources[one] == source), behind[0]))
+    return found
 
 
 def split_sentences(text: str) -> list[str]:

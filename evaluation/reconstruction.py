@@ -27,6 +27,7 @@ from icae.evaluation.documents import (
     split_window,
 )
 from icae.evaluation.measures import exact_prefix, mean, mean_interval
+from icae.evaluation.readers import next_of_same_source
 from icae.modeling_icae import ICAEForConditionalGeneration
 
 
@@ -52,12 +53,16 @@ def alter(windows: list[Window], kind: str, tokenizer, seed: int) -> list[Window
 def read_back(
     model: ICAEForConditionalGeneration, windows: list[Window], length: int, target_length: int
 ) -> list[Row]:
-    """Losses and accuracies of a batch of windows, each read from its own slots and from those of the next one."""
+    """
+    Losses and accuracies of a batch of windows, each read from its own slots and from those of the next one of its
+    source.
+    """
     pairs = [split_window(window, length, target_length) for window in windows]
     ids, follows = (torch.tensor(part, device=model.memory_embeddings.device) for part in zip(*pairs, strict=True))
     memory = model.compress(ids)
     own = model(context_ids=ids, continuation_ids=follows, memory=memory)
-    other = model(context_ids=ids, continuation_ids=follows, memory=memory[[*range(1, len(memory)), 0]])
+    next_ones = memory[next_of_same_source([window["source"] for window in windows])]
+    other = model(context_ids=ids, continuation_ids=follows, memory=next_ones)
     rows = []
     for index, window in enumerate(windows):
         row: Row = {"source": window["source"], "slots": int(memory.num_slots[index])}

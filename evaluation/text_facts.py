@@ -1,9 +1,10 @@
 """
 Facts of real text, found by rule, and what tells whether a reader knows them.
 
-A value in a passage — a number, a year, a name, a rare word, a "not" — is exchanged for one of the same kind from
-another passage, which makes the passage's **twin**. Both are read, and of both is asked which of two phrases stands in
-it. As with the texts of [`icae.evaluation.facts`], a reader that sees neither is right in exactly half of them.
+A value in a passage — a number, a year, a capitalised word, a long word, a "not" — is exchanged for one of the same
+kind from another passage of the same source, which makes the passage's **twin**. Both are read, and of both is asked
+which of two phrases stands in it. As with the texts of [`icae.evaluation.facts`], a reader that sees neither is right
+in exactly half of them.
 """
 
 import random
@@ -18,29 +19,38 @@ VERBS = "is are was were do does did has have had can could will would should".s
 PATTERNS = {
     "numbers": r"(?<![\d.,])(?!1[5-9]\d\d\b|20\d\d\b)\d{2,6}\b(?![.,]\d)",
     "years": r"(?<![\d.,])(?:1[5-9]|20)\d\d\b(?![.,]\d)",
-    "names": r"(?<=[a-z,;] )[A-Z][a-z]{2,}\b",
-    "rare words": r"\b[a-z]{7,}\b",
+    "capitalised words": r"(?<=[a-z,;] )[A-Z][a-z]{2,}\b",
+    "long words": r"\b[a-z]{7,}\b",
     "negations": "(?:" + "|".join(rf"(?<=\b{verb} )" for verb in VERBS) + ")not ",
 }
 WORDS_BEFORE, WORDS_BEHIND = 6, 3  # of a phrase, around the value
 
 
-def make_text_pairs(passages: list[str], per_kind: int, seed: int) -> list[Pair]:
-    """Pairs of a passage and its twin with one probe each, up to `per_kind` of every kind in `PATTERNS`."""
+def make_text_pairs(passages: list[tuple[str, str]], per_kind: int, seed: int) -> list[Pair]:
+    """
+    Pairs of a passage and its twin with one probe each, up to `per_kind` of every kind in `PATTERNS`.
+
+    Passages are pairs of a text and its source. Capitalised words are left out if they also stand in small letters,
+    long ones if they stand anywhere else.
+    """
     rng = random.Random(seed)
     found = {
-        kind: [(text, match) for text in passages for match in re.finditer(pattern, text)]
+        kind: [(text, source, match) for text, source in passages for match in re.finditer(pattern, text)]
         for kind, pattern in PATTERNS.items()
     }
-    seen = Counter(match[0] for text in passages for match in re.finditer(PATTERNS["rare words"], text))
-    found["rare words"] = [(text, match) for text, match in found["rare words"] if seen[match[0]] == 1]
+    seen = Counter(word for text, _ in passages for word in re.findall(r"\w+", text))
+    allowed = {"capitalised words": lambda word: not seen[word.lower()], "long words": lambda word: seen[word] == 1}
+    for kind, allow in allowed.items():
+        found[kind] = [value for value in found[kind] if allow(value[2][0])]
     pairs = []
     for kind, values in found.items():
         taken: set[str] = set()
         rng.shuffle(values)
-        for text, match in values:
+        for text, source, match in values:
             # Without "not", a passage says the opposite; all other values give way to another one.
-            others = [other[0] for _, other in values if other[0] not in text] if kind != "negations" else [""]
+            others = [other[0] for _, where, other in values if where == source and other[0] not in text]
+            if kind == "negations":
+                others = [""]
             once = len(re.findall(rf"\b{re.escape(match[0])}", text)) == 1
             if text in taken or not others or not (once or kind == "negations") or len(taken) == per_kind:
                 continue

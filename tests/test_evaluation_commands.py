@@ -16,6 +16,7 @@ from icae.evaluation import bench_generate, continuation, probes, reconstruction
 from icae.evaluation.arguments import Parts, evaluation_parser, parse
 from icae.evaluation.documents import batches, cut_windows, load_documents, split_window
 from icae.evaluation.measures import exact_prefix, mean_interval, wilson_interval
+from icae.evaluation.readers import next_of_same_source
 from icae.evaluation.text_facts import PATTERNS, make_text_pairs
 from tiny import make_base
 
@@ -126,9 +127,9 @@ def test_records_hold_no_path_of_this_machine(saved):
 # ----------------------------------------------------------------------------------------------------------- documents
 
 
-def test_windows_are_whole_do_not_overlap_and_mix_the_sources(tokenizer):
+def test_windows_are_whole_and_do_not_overlap_and_those_of_a_source_stand_together(tokenizer):
     windows = cut_windows(TEXTS, tokenizer, 20, 3, seed=0)
-    assert [window["source"] for window in windows] == ["prose", "speech"] * 3
+    assert [window["source"] for window in windows] == ["prose"] * 3 + ["speech"] * 3
     texts = [tokenizer.decode(window["ids"]) for window in windows]
     assert all(len(text) == 20 for text in texts)
     starts = [document.index(text) for text in texts for document in TEXTS["text"] if text in document]
@@ -334,7 +335,8 @@ PASSAGES = [
 
 
 def test_facts_of_real_text_are_found_by_rule_and_exchanged_in_a_twin():
-    pairs = make_text_pairs(PASSAGES, per_kind=2, seed=0)
+    passages = [(text, "letters") for text in PASSAGES]
+    pairs = make_text_pairs(passages, per_kind=2, seed=0)
     kinds = Counter(pair[0][1][0].kind for pair in pairs)
     assert kinds == dict.fromkeys((f"{kind}, real text" for kind in PATTERNS), 2)
     for (text, (probe,)), (twin, (reverse,)) in pairs:
@@ -343,9 +345,26 @@ def test_facts_of_real_text_are_found_by_rule_and_exchanged_in_a_twin():
         assert reverse == probe.reversed() and probe.question == reverse.question
         exchanged = ("not ", "") if probe.kind.startswith("negations") else probe.values
         assert text.replace(*exchanged) == twin and true.replace(*exchanged) == false
-    assert pairs == make_text_pairs(PASSAGES, per_kind=2, seed=0)
-    (pair,) = [pair for pair in make_text_pairs(PASSAGES[:2], per_kind=1, seed=0) if "years" in pair[0][1][0].kind]
+    assert pairs == make_text_pairs(passages, per_kind=2, seed=0)
+    (pair,) = [pair for pair in make_text_pairs(passages[:2], per_kind=1, seed=0) if "years" in pair[0][1][0].kind]
     assert set(pair[0][1][0].values) == {"1871", "1902"}
+
+
+def test_values_are_exchanged_within_a_source_and_words_that_are_not_what_they_seem_are_left_out():
+    texts = [("he saw Anna in 35 towns", "a"), ("he saw Boris in 62 towns", "a"), ("he saw Clara in 418 towns", "b")]
+    pairs = make_text_pairs(texts, per_kind=3, seed=0)
+    assert {pair[0][1][0].values for pair in pairs if "numbers" in pair[0][1][0].kind} == {("35", "62"), ("62", "35")}
+    also_small = make_text_pairs([*texts, ("an anna is an old coin", "a"), ("she saw Emil", "a")], per_kind=3, seed=0)
+    words = {word for (_, (probe,)), _ in also_small if "capitalised" in probe.kind for word in probe.values}
+    assert words == {"Boris", "Emil"}
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [("aabb", [1, 0, 3, 2]), ("aaab", [1, 2, 0, 0]), ("abc", [1, 2, 0]), ("abab", [2, 3, 0, 1])],
+)
+def test_the_control_reads_the_next_text_of_the_same_source_if_there_is_one(sources, expected):
+    assert next_of_same_source(list(sources)) == expected
 
 
 def test_facts_of_real_text_are_asked_for_beside_those_of_generated_text(saved):

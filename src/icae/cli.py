@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def load_model(model: str | None, base: str | None, dtype: str, **options):
-    """The model that the common options name."""
+    """The model that the common options name, on the accelerator if there is one."""
     import torch
 
     from icae import EMBEDDED_CHECKPOINT, ICAEConfig, ICAEForConditionalGeneration
@@ -114,7 +114,10 @@ def load_model(model: str | None, base: str | None, dtype: str, **options):
     # Not by its name: others are trained on the weights that the Hub has under it.
     if base is None and ICAEConfig.from_pretrained(model).base_model_fingerprint == EMBEDDED_BASE_FINGERPRINT:
         base = embedded_base()
-    return ICAEForConditionalGeneration.from_pretrained(model, base_model=base, dtype=getattr(torch, dtype), **options)
+    loaded = ICAEForConditionalGeneration.from_pretrained(
+        model, base_model=base, dtype=getattr(torch, dtype), **options
+    )
+    return loaded.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
 
 
 def _read_text(name: str) -> str:
