@@ -33,6 +33,17 @@ def digest(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
+def forget_other_weights(path: Path, made_from: Line) -> None:
+    """
+    Removes a file of answers if they are those of other weights of the same model (`model`), and says so. All else
+    that differs is left for [`AnswerFile`] to refuse.
+    """
+    lines = read_lines(path)
+    if lines and lines[0] != made_from and lines[0] | {"model": made_from.get("model")} == made_from:
+        print(f"{path}: {len(lines) - 1} answers of other weights ({lines[0]['model']}) are made again")
+        path.unlink()
+
+
 class AnswerFile:
     """
     The answers of one system to rows of a data file.

@@ -25,7 +25,8 @@ within each source; all readers share the draws, so that the share of the full c
 There are none for one row of each source.
 
 Each reader's answers are kept in a file of their own in a folder beside the output. What is there is not computed
-again, be it after an interruption, for more rows, or for another checkpoint on the same base.
+again, be it after an interruption, for more rows, or for another checkpoint on the same base; only the answers of an
+earlier checkpoint give way to those of a new one.
 """
 
 import json
@@ -44,7 +45,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
 from icae.cli import load_model
-from icae.evaluation.answer_files import AnswerFile, Line, digest
+from icae.evaluation.answer_files import AnswerFile, Line, digest, forget_other_weights
 from icae.evaluation.arguments import command_line, evaluation_parser, parse, recorded
 from icae.evaluation.documents import batches
 from icae.evaluation.measures import ROUGE, mean, scores
@@ -94,7 +95,9 @@ def main(argv: list[str] | None = None) -> None:
     for reader in compared(model, arguments.tuned, arguments.llmlingua, arguments.kvpress, arguments.seed):
         words = re.findall(r"[a-z]+", reader.name.lower().replace("'", ""))
         file = arguments.output.with_suffix("") / f"{'-'.join(words)}.jsonl"
-        answers[reader.name] = AnswerFile(file, {"reader": reader.name, **shared, **reader.made_from})
+        made_from = {"reader": reader.name, **shared, **reader.made_from}
+        forget_other_weights(file, made_from)
+        answers[reader.name] = AnswerFile(file, made_from)
         fill(answers[reader.name], reader.make, rows, arguments.max_new_tokens, arguments.batch_size)
     measured = {name: measure(file.rows, rows) for name, file in answers.items()}
     summary = summarize(measured, rows)

@@ -55,13 +55,19 @@ class Clock(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def answering(generate: Callable[..., Any], new_tokens: int) -> Step:
-    """A step that answers, and returns the seconds to the first token, of all, and the tokens per second behind it."""
+def answering(
+    generate: Callable[..., Any], new_tokens: int, prepare: Callable[[], dict[str, Any]] | None = None
+) -> Step:
+    """
+    A step that answers, and returns the seconds to the first token, of all, and the tokens per second behind it. What
+    `prepare` makes for it is not timed.
+    """
 
     def run() -> dict[str, float]:
+        prepared = prepare() if prepare else {}
         clock = Clock()
         options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
-        rows = len(generate(**options, stopping_criteria=StoppingCriteriaList([clock])))
+        rows = len(generate(**prepared, **options, stopping_criteria=StoppingCriteriaList([clock])))
         first, total = clock.times[0], clock.times[-1]
         speed = rows * (new_tokens - 1) / (total - first) if new_tokens > 1 else math.nan
         return {"first_token": first, "total": total, "tokens_per_second": speed}
@@ -101,9 +107,6 @@ class FullContext:
         self.base.base_model(self.context, past_key_values=cache, use_cache=True)
         return cache
 
-    def generate_from(self, kept: DynamicCache, **options):
-        return self.generate(past_key_values=copy.deepcopy(kept), **options)
-
 
 def cache_bytes(generate: Callable[..., Any]) -> int:
     """Bytes of keys and values when the first token is there."""
@@ -128,10 +131,12 @@ def measure(base, models: dict[str, ICAEForConditionalGeneration], batch: int, l
     steps: dict[str, Step] = {
         "full context": answering(full.generate, arguments.new_tokens),
         "prefill": once(full.prefill),
-        "full context, kept": answering(partial(full.generate_from, kept), arguments.new_tokens),
+        "full context, kept": answering(
+            full.generate, arguments.new_tokens, lambda: {"past_key_values": copy.deepcopy(kept)}
+        ),
     }
     bytes_of = {"full context": cache_bytes(full.generate)}
-    slots = {}
+    slots, device = {}, context.device
     with tempfile.TemporaryDirectory() as folder:
         for name, model in models.items():
             memory = model.compress(context)
@@ -142,7 +147,7 @@ def measure(base, models: dict[str, ICAEForConditionalGeneration], batch: int, l
             bytes_of[name] = cache_bytes(generate)
             steps |= {
                 f"{name} compress": once(partial(model.compress, context)),
-                f"{name} load": once(partial(ICAEMemory.load, file)),
+                f"{name} load": once(lambda: ICAEMemory.load(file).to(device)),  # noqa: B023  # timed before the next
                 f"{name} cached": answering(generate, arguments.new_tokens),
             }
         seconds = medians_in_turn(steps, arguments.repeats)
@@ -167,9 +172,11 @@ def measure(base, models: dict[str, ICAEForConditionalGeneration], batch: int, l
 def compare(name: str, seconds: dict, bytes_of: dict, peak: dict) -> dict[str, float | None]:
     """What slots of one ratio cost against the full context; above 1 is faster."""
     full, kept = seconds["full context"], seconds["full context, kept"]
-    compress, cached = seconds[f"{name} compress"]["seconds"], seconds[f"{name} cached"]
+    compress, load = (seconds[f"{name} {step}"]["seconds"] for step in ("compress", "load"))
+    cached = seconds[f"{name} cached"]
     found = {
         "first token from cached slots, times faster": full["first_token"] / cached["first_token"],
+        "load and first token, times faster": full["first_token"] / (load + cached["first_token"]),
         "compress and first token, times faster": full["first_token"] / (compress + cached["first_token"]),
         "answer from cached slots, times faster": full["total"] / cached["total"],
         "compress and answer once, times faster": full["total"] / (compress + cached["total"]),
@@ -260,7 +267,10 @@ def memory_of(kind: str, ratio: str | None, batch: int, length: int, arguments) 
 
 
 def measure_memory(arguments) -> None:
-    """What the process of [`memory_of`] does. A short answer first, so that nothing but this one is counted."""
+    """
+    What the process of [`memory_of`] does. A short answer first, so that nothing but this one is counted; cached slots
+    are counted with it.
+    """
     (model,) = load_icaes(arguments).values()
     base = load_plain(model) if arguments.memory_of == "full" else model.language_model
     options = {"max_new_tokens": arguments.new_tokens, "min_new_tokens": arguments.new_tokens, "do_sample": False}
@@ -269,11 +279,15 @@ def measure_memory(arguments) -> None:
         context = random_ids(base, arguments.batches[0], length, arguments.seed)
         if arguments.memory_of == "full":
             return lambda: FullContext(base, model, context).generate(**options)
-        read = {"memory": model.compress(context)} if arguments.memory_of == "cached" else {"context": context}
-        return lambda: model.generate(**read, prompt=QUESTION, **options)
+        if arguments.memory_of == "icae":
+            return lambda: model.generate(context, QUESTION, **options)
+        model.compress(context).save(slots)
+        return lambda: model.generate(memory=ICAEMemory.load(slots), prompt=QUESTION, **options)
 
-    prepare(16)()
-    print(json.dumps({"peak_bytes": peak_bytes_of(prepare(arguments.contexts[0]))}))
+    with tempfile.TemporaryDirectory() as folder:
+        slots = Path(folder) / "slots.safetensors"
+        prepare(16)()
+        print(json.dumps({"peak_bytes": peak_bytes_of(prepare(arguments.contexts[0]))}))
 
 
 def main(argv: list[str] | None = None) -> None:

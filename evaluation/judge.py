@@ -20,6 +20,7 @@ are those that all verdicts of the table took, whenever they were asked for.
 import argparse
 import hashlib
 import json
+import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -202,8 +203,10 @@ def read_rows(data: str, ours: AnswerFile, max_rows: int | None) -> dict[int, Li
             f"(digest {found})."
         )
     dataset = load_dataset("parquet", data_files=data, split="train")
-    rows = {}
-    for number in list(ours.rows)[:max_rows]:
+    numbers, rows = sorted(ours.rows), {}
+    if max_rows is not None and max_rows < len(numbers):
+        numbers = random.Random(0).sample(numbers, max_rows)
+    for number in numbers:
         context, prompt = dataset[number]["context"], dataset[number]["prompt"]
         rows[number] = {"context": context if isinstance(context, str) else "\n\n".join(context), "prompt": prompt}
     return rows
@@ -221,14 +224,19 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--answer-with", action="append", default=[], **endpoint, help="or a served model; repeatable")
     parser.add_argument("--answer-key", metavar="VARIABLE", help="environment variable with the API key for these")
-    parser.add_argument("--answer-options", type=json.loads, default={"temperature": 0}, metavar="JSON")
+    parser.add_argument(
+        "--answer-options",
+        type=json.loads,
+        metavar="JSON",
+        help="of their requests (default: temperature 0 and as many tokens as the answers in question may have)",
+    )
     parser.add_argument("--judge", required=True, **endpoint, help="the judge")
     parser.add_argument("--judge-key", metavar="VARIABLE", help="environment variable with its API key")
     parser.add_argument("--judge-options", type=json.loads, default={"temperature": 0}, metavar="JSON")
     parser.add_argument(
         "--price-per-million", type=float, nargs=2, metavar=("IN", "OUT"), help="of the judge's tokens"
     )
-    parser.add_argument("--max-rows", type=int, help="compare the first ones only")
+    parser.add_argument("--max-rows", type=int, help="compare so many, drawn at random")
     parser.add_argument("--parallel", type=int, default=4, help="requests at once (default: 4)")
     parser.add_argument("--output", type=Path, default=Path("results/judge.json"), help="JSON file to write")
     arguments = parser.parse_args(argv)
@@ -245,8 +253,11 @@ def main(argv: list[str] | None = None) -> None:
         name, _, path = argument.rpartition("=")
         file = AnswerFile(Path(path))
         others[name or file.name] = file
+    options = {"temperature": 0}
+    if "max_new_tokens" in ours.made_from:
+        options["max_tokens"] = ours.made_from["max_new_tokens"]
     for url, model in arguments.answer_with:
-        client = ChatClient(url, model, arguments.answer_key, arguments.answer_options)
+        client = ChatClient(url, model, arguments.answer_key, arguments.answer_options or options)
         path = folder / f"{re.sub(r'[^A-Za-z0-9.]+', '-', model)}.jsonl"
         others[model] = answer_with(client, path, rows, ours.made_from["data"], arguments.parallel)
     if len(others) < len(arguments.against) + len(arguments.answer_with):
@@ -271,6 +282,10 @@ def main(argv: list[str] | None = None) -> None:
         "rows": len(rows),
         "against": results,
         "judge_tokens": tokens,
+        "answer_tokens": {
+            model: {key: sum(others[model].rows[row][f"{key}_tokens"] for row in rows) for key in tokens}
+            for _, model in arguments.answer_with
+        },
     }
     if arguments.price_per_million:
         prices = dict(zip(tokens, arguments.price_per_million, strict=True))

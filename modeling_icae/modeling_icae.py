@@ -209,6 +209,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             raise ValueError(f"Expected one text per row of the memory ({len(memory)}), got {len(ids)}.")
         is_cache = memory.memory_type == "key_values"  # else `concat` moves the new slots behind the others
         offsets = (memory.end - 1).tolist() if is_cache else None
+        memory = memory.to(ids.device)
         return ICAEMemory.concat([memory, self._compress(ids, parts, **kwargs, offsets=offsets)])
 
     def _compress(
@@ -309,6 +310,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         Returns the cache, its mask of shape `(B, P + K)`, and the position id of the text to come, of shape `(B,)`.
         Rows of fewer slots are padded on the left, so that the text follows the slots without a gap.
         """
+        memory = memory.to(self.memory_embeddings.device)  # one that was loaded lies on the CPU
         sequential = self.config.decoder_layout[task] == "sequential"
         positions, end = memory.positions, memory.end
         if memory.memory_type == "hidden_states" and sequential:

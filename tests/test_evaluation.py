@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from icae import ICAEForConditionalGeneration
 from icae.cli import main
 from icae.evaluation import tables
+from icae.evaluation.answer_files import AnswerFile
 from icae.evaluation.answers import choose_rows, number_of_slots
 from icae.evaluation.measures import exact_match, scores, token_f1
 from icae.evaluation.readers import SlotReader, TokenReader
@@ -150,13 +151,26 @@ def test_icae_evaluate_answers_writes_every_condition_with_its_controls(saved, t
     arguments += ["--per-source", "2", "--max-new-tokens", "4", "--output", str(saved / "answers.json")]
     assert main(["evaluate", "answers", *arguments]) == 0
     record = json.loads((saved / "answers.json").read_text())
-    names = ["full context", "full context, tuned", "icae", "no context", "retrieved sentences", "summary"]
+    names = [
+        "another text's slots",
+        "full context",
+        "full context, tuned",
+        "icae",
+        "no context",
+        "retrieved sentences",
+        "summary",
+    ]
     assert sorted(record["summary"]) == [*names, "truncated context", "untrained slots"] and record["rows"] == 4
     assert record["by_source"]["icae"]["long"]["rows"] == 2
     assert record["tuned_on"]["triples"] == 4  # two steps of two rows
     assert "tuned on 4 triples" in tables.answers(record)
     losses = {name: row["loss"] for name, row in record["summary"].items()}
+    control = losses.pop("another text's slots")
     assert len(set(losses.values())) == 8  # each condition is another one
+    # All rows of a source have the same response here: the control reads the same memories, in turn.
+    by_row = [AnswerFile(saved / "answers" / f"{name}.jsonl").rows for name in ("icae", "another-texts-slots")]
+    own, other = ([rows[row]["loss"] for row in sorted(rows)] for rows in by_row)
+    assert all(one != two for one, two in zip(own, other, strict=True)) and control == pytest.approx(losses["icae"])
 
 
 def test_icae_evaluate_reconstruction_measures_checkpoints_on_the_same_text(saved):
@@ -177,8 +191,9 @@ def test_learning_curves_of_both_stages_are_drawn(saved):
     from icae.evaluation.curves import main as curves
 
     for loss in ("ae_loss", "response_loss"):
+        accuracy = f"eval_{loss.replace('loss', 'accuracy')}"
         history = [
-            {f"eval_{loss}": value, f"eval_{loss}_other_text": 5.0, "eval_num_tokens": 10.0 * step, "step": step}
+            {f"eval_{loss}": value, f"eval_{loss}_other_text": 5.0, accuracy: 0.5, "eval_num_tokens": 10.0 * step}
             for step, value in enumerate((4.0, 2.0))
         ]
         (saved / "icae" / "trainer_state.json").write_text(json.dumps({"log_history": history}))

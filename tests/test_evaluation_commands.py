@@ -446,7 +446,7 @@ def test_both_sides_write_what_they_would_write_anyway(saved):
     model = ICAEForConditionalGeneration.from_pretrained("icae")
     full = bench_generate.FullContext(model.language_model, model, torch.randint(5, 90, (2, 24)))
     step = {"max_new_tokens": 5, "do_sample": False}
-    assert torch.equal(full.generate(**step), full.generate_from(full.prefill(), **step))
+    assert torch.equal(full.generate(**step), full.generate(past_key_values=full.prefill(), **step))
     measured = bench_generate.answering(full.generate, 5)()
     assert 0 < measured["first_token"] < measured["total"]
 
@@ -454,6 +454,33 @@ def test_both_sides_write_what_they_would_write_anyway(saved):
 def test_contexts_beyond_the_positions_of_the_base_are_refused(saved, capsys):
     assert main(["bench", "generate", "--model", "icae", "--contexts", "2048", "--no-memory"]) == 2
     assert "Expected `--contexts` of at most" in capsys.readouterr().err
+
+
+def test_ratios_say_how_much_faster_slots_are_and_from_which_prompt_they_pay():
+    seconds = {
+        "full context": {"first_token": 10.0, "total": 20.0, "tokens_per_second": 4.0},
+        "prefill": {"seconds": 9.0},
+        "full context, kept": {"first_token": 1.0, "total": 12.0, "tokens_per_second": 4.0},
+        "4x compress": {"seconds": 14.0},
+        "4x load": {"seconds": 0.5},
+        "4x cached": {"first_token": 2.0, "total": 8.0, "tokens_per_second": 6.0},
+    }
+    sizes = {"full context": 100, "4x": 26}
+    peak = {"full context": 50, "4x icae": 60, "4x cached": 40}
+    assert bench_generate.compare("4x", seconds, sizes, peak) == {
+        "first token from cached slots, times faster": 5,
+        "load and first token, times faster": 4,
+        "compress and first token, times faster": 10 / 16,
+        "answer from cached slots, times faster": 2.5,
+        "compress and answer once, times faster": 20 / 22,
+        "tokens per second": 1.5,
+        "answer against the kept full cache, times faster": 1.5,
+        "bytes of keys and values": 0.26,
+        "pays from so many prompts": 2,  # 14 seconds for 12 saved on each
+        "pays against the kept full cache from so many prompts": 2,  # 5 more than the prefill, for 4 saved on each
+        "peak memory, compress and answer": 1.2,
+        "peak memory, cached slots": 0.8,
+    }
 
 
 @pytest.mark.parametrize(("spent", "saved_per_prompt", "prompts"), [(4, 3, 2), (-1, 3, 1), (1, 0, None), (6, 3, 2)])

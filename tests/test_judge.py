@@ -1,4 +1,5 @@
 import json
+import random
 import re
 
 import pytest
@@ -21,7 +22,8 @@ def files(tmp_path):
     texts = Dataset.from_dict({"context": [f"text {n}" for n in count], "prompt": [f"prompt {n}" for n in count]})
     texts.to_parquet(tmp_path / "data.parquet")
     for name, answers in (("ours", OURS), ("theirs", THEIRS)):
-        file = AnswerFile(tmp_path / f"{name}.jsonl", {"reader": name, "data": digest(tmp_path / "data.parquet")})
+        made_from = {"reader": name, "data": digest(tmp_path / "data.parquet"), "max_new_tokens": 48}
+        file = AnswerFile(tmp_path / f"{name}.jsonl", made_from)
         file.add([{"row": number, "answer": answer} for number, answer in enumerate(answers)])
     return tmp_path
 
@@ -158,11 +160,13 @@ def test_served_models_are_compared_with_and_asked_once(files, monkeypatch):
             record = judge(files, server, *options, against=())
         asked = sorted(request["messages"][0]["content"] for request in other.requests)
         assert asked == [f"text {number}\n\nprompt {number}" for number in range(5)]
+        assert all(request["max_tokens"] == 48 for request in other.requests)  # as many as ours
         assert set(other.keys) == {"Bearer secret-of-the-other"}
         assert set(server.keys) == {"Bearer secret-of-the-judge"}
     assert record["against"]["org/rival-7b"]["win"] == pytest.approx(2 / 5)
     (line, *_) = read_lines(files / "judge" / "org-rival-7b.jsonl")[1:]
     assert line["prompt_tokens"] == 10
+    assert record["answer_tokens"]["org/rival-7b"]["prompt"] == 5 * 10
     written = "".join(path.read_text() for path in files.rglob("*.json*"))
     assert "secret" not in written and "JUDGE_KEY" in written  # in the command
 
@@ -178,11 +182,13 @@ def test_two_checkpoints_are_told_apart_by_the_names_given(files, capsys):
 
 def test_other_rows_or_another_data_file_cannot_be_compared(files, capsys):
     with chat_server(by_quality) as server:
-        lines = (files / "theirs.jsonl").read_text().splitlines(keepends=True)
-        (files / "theirs.jsonl").write_text("".join(lines[:-1]))
+        (left_out,) = set(range(5)) - set(random.Random(0).sample(range(5), 4))
+        head, *lines = (files / "theirs.jsonl").read_text().splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["row"] != left_out]
+        (files / "theirs.jsonl").write_text("".join([head, *kept]))
         assert judge(files, server) is None
         assert "got none to 1 of 5" in capsys.readouterr().err and not server.requests
-        assert judge(files, server, "--max-rows", "4")["rows"] == 4
+        assert judge(files, server, "--max-rows", "4")["rows"] == 4  # drawn at random, not the first ones
         Dataset.from_dict({"context": ["other"], "prompt": ["?"]}).to_parquet(files / "data.parquet")
         assert judge(files, server) is None
         assert "Expected the data file that" in capsys.readouterr().err
