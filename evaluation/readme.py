@@ -8,11 +8,12 @@ from icae.evaluation import tables
 
 BEGIN, END = "<!-- results:begin -->\n", "<!-- results:end -->"
 SECTIONS = {
-    "reconstruction": tables.embedded,
+    "reconstruction": lambda record: tables.embedded(record) + "\n" + tables.lengths(record),
     "answers": tables.answers,
     "continuation": tables.continuation,
     "probes": tables.probes,
     "layouts": tables.layouts,
+    "ablations": tables.ablations,
     "bench_generate": tables.answering,
     "bench_train": tables.costs,
 }

@@ -10,6 +10,7 @@ import base64
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +53,7 @@ class Section(NamedTuple):
     name: str
     command: str
     texts: tuple[Callable[[Record], str], ...]
-    plot: Callable[[Axes, Record], None] | None = None
+    plots: tuple[Callable[[Axes, Record], None], ...] = ()
 
 
 # ------------------------------------------------------------------------------------------------------------- plots
@@ -128,7 +129,30 @@ def plot_answering(axes: Axes, record: Record) -> None:
             label = f"{name}: {what.removesuffix(', times faster')}"
             axes.plot(lengths, [cell["ratios"][name][what] for cell in cells], marker="o", label=label)
     axes.axhline(1, linestyle="--", color="gray")
-    axes.set(xlabel=f"context tokens, {batch} at once", ylabel="times faster than the full context", yscale="log")
+    label = "times faster than the full context, or its kept cache"
+    axes.set(xlabel=f"context tokens, {batch} at once", ylabel=label, yscale="log")
+    axes.legend(fontsize="small")
+
+
+def plot_growth(axes: Axes, record: Record) -> None:
+    """How time to the first token, an answer's time and bytes of keys and values grow, at the smallest batch."""
+    batch = min(cell["batch"] for cell in record["cells"])
+    cells = [cell for cell in record["cells"] if cell["batch"] == batch]
+    lengths = [cell["context_tokens"] for cell in cells]
+    name = next(iter(cells[0]["ratios"]))
+    measures = {
+        "first token": [
+            [cell["seconds"][side]["first_token"] for cell in cells] for side in ("full context", f"{name} cached")
+        ],
+        "answer": [[cell["seconds"][side]["total"] for cell in cells] for side in ("full context", f"{name} cached")],
+        "keys and values": [[cell["cache_bytes"][side] for cell in cells] for side in ("full context", name)],
+    }
+    for label, (full, slots) in measures.items():
+        (line,) = axes.plot(lengths, np.divide(full, full[0]), marker="o", label=label)
+        axes.plot(lengths, np.divide(slots, full[0]), marker="o", linestyle="--", color=line.get_color())
+    axes.plot([], [], linestyle="--", color="gray", label=f"the same from cached slots, {name}")
+    label = "relative to the full context's first point"
+    axes.set(xlabel=f"context tokens, {batch} at once", ylabel=label, yscale="log")
     axes.legend(fontsize="small")
 
 
@@ -137,37 +161,53 @@ def _colors(names: Any) -> list[str]:
     return ["tab:blue" if name == "icae" else "lightsteelblue" for name in names]
 
 
+SWEEP = "icae sweep evaluation/sweeps/ablations.yaml"  # the file says what is measured of its models
 SECTIONS = (
     Section(
         "Reconstruction",
         "reconstruction",
         "icae evaluate reconstruction --data DOCUMENTS",
-        (tables.embedded, tables.lengths),
-        plot_lengths,
+        (tables.embedded, tables.lengths, tables.kinds_of_text),
+        (plot_lengths,),
     ),
+    Section("Reconstruction by ratio", "ratios", SWEEP, (tables.lengths,)),
+    Section("Several spans, trained and not", "spans", SWEEP, (tables.lengths,), (plot_lengths,)),
     Section(
         "Continuation",
         "continuation",
         "icae evaluate continuation --data DOCUMENTS",
         (tables.continuation,),
-        plot_continuation,
+        (plot_continuation,),
     ),
     Section(
         "Answers",
         "answers",
         "icae evaluate answers --data TRIPLES",
         (tables.answers, tables.by_source, tables.examples),
-        plot_answers,
+        (plot_answers,),
     ),
     Section(
         "Judged answers",
         "judge",
         "icae evaluate judge --data TRIPLES --judge URL MODEL --against FILE",
         (tables.judge,),
-        plot_judge,
+        (plot_judge,),
     ),
-    Section("Facts", "probes", "icae evaluate probes", (tables.probes,), plot_probes),
-    Section("Cost of an answer", "bench_generate", "icae bench generate", (tables.answering,), plot_answering),
+    Section("Facts", "probes", "icae evaluate probes", (tables.probes,), (plot_probes,)),
+    Section("Facts by ratio", "probes_by_ratio", SWEEP, (partial(tables.probes, name="probes_by_ratio"),)),
+    Section(
+        "Cost of an answer",
+        "bench_generate",
+        "icae bench generate",
+        (tables.answering,),
+        (plot_answering, plot_growth),
+    ),
+    Section(
+        "Cost by ratio",
+        "bench_generate_ratios",
+        "icae bench generate --ratios 2 4 8 16 --output results/bench_generate_ratios.json",
+        (partial(tables.answering, name="bench_generate_ratios"),),
+    ),
     Section("Cost of training", "bench_train", "icae bench train", (tables.costs,)),
 )
 
@@ -203,14 +243,20 @@ def build(results: Path) -> tuple[str, dict[str, bytes]]:
             continue
         record = json.loads(file.read_text())
         parts += [f"## {section.title}\n", *(text(record) for text in section.texts)]
-        if section.plot:
-            plots[f"{section.name}.png"] = draw(section.plot, record)
-            parts.append(f"![{section.title}]({section.name}.png)\n")
+        for number, plot in enumerate(section.plots, start=1):
+            image = f"{section.name}-{number}.png" if number > 1 else f"{section.name}.png"
+            plots[image] = draw(plot, record)
+            parts.append(f"![{section.title}]({image})\n")
         parts.append(birth(record))
     for plot in sorted(results.glob("*.png")):  # learning curves have theirs beside them
         record = json.loads(plot.with_suffix(".json").read_text())
         plots[plot.name] = plot.read_bytes()
         parts += [f"## {record['what']}\n", f"![{record['what']}]({plot.name})\n", tables.runs(record), birth(record)]
+    shown = {section.name for section in SECTIONS} | {Path(name).stem for name in plots}
+    others = [file for file in sorted(results.glob("*.json")) if file.stem not in shown]
+    if others:
+        lines = [f"- [{file.name}](results/{file.name}): {json.loads(file.read_text())['what']}\n" for file in others]
+        parts += ["## Other files\n", "".join(lines)]
     if missing:
         parts += ["## Not measured yet\n", "".join(missing)]
     return "\n".join(parts), plots

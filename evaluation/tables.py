@@ -49,11 +49,15 @@ def embedded(record: Record) -> str:
             for name, row in record["models"].items()
         ),
     )
+    title, links = "**Held-out text back from its slots**", "[reconstruction.json](results/reconstruction.json)"
+    if list(record["models"]) == ["embedded"]:
+        title = "**The embedded checkpoint** (SmolLM2-135M-Instruct, 4x, trained on one CPU core) on held-out text"
+        links += """; learning curves:
+[first](results/embedded.png), [second](results/embedded-2.png) run, tuning: [first](results/sft.png),
+[second](results/sft-2.png) run"""
     return f"""\
-**The embedded checkpoint** (SmolLM2-135M-Instruct, 4x, trained on one CPU core) on held-out text of all kinds,
-{record["context_tokens"]:,} tokens in contexts of {contexts}
-([reconstruction.json](results/reconstruction.json); learning curves: [first](results/embedded.png),
-[second](results/embedded-2.png) run, tuning: [first](results/sft.png), [second](results/sft-2.png) run):
+{title},
+{record["context_tokens"]:,} tokens in contexts of {contexts} ({links}):
 
 {losses}
 
@@ -76,6 +80,26 @@ def lengths(record: Record) -> str:
             rows.append(row(name, f"{length} tokens", str(model["slots"][length]), found))
         for kind, found in model.get("by_text", {}).items():
             rows.append(row(name, f"{record['arguments']['altered_length']}, {kind} text", "", found))
+    return table(head, rows) + "\n"
+
+
+def kinds_of_text(record: Record) -> str:
+    """What comes back of each source, over all lengths."""
+    head = ("", "source", "rows", "loss", "another text's slots", "accuracy", "exact prefix", "BLEU")
+    rows = [
+        [
+            name,
+            source,
+            str(found["rows"]),
+            f"{found['ae_loss']:.2f}",
+            f"{found['ae_loss_other_text']:.1f}",
+            f"{found['ae_accuracy']:.1%}",
+            f"{found['exact_prefix']:.0%}",
+            f"{found['bleu']:.2f}",
+        ]
+        for name, model in record["models"].items()
+        for source, found in model["by_source"].items()
+    ]
     return table(head, rows) + "\n"
 
 
@@ -118,6 +142,9 @@ def answers(record: Record) -> str:
             "The frozen base reads the full context or none, or in as many tokens as there are slots the first of\n"
             "the context, a summary that it wrote itself, or the sentences that fit the prompt best (BM25)"
         )
+    learnt = """The ICAE was tuned to answer prompts of these sources, the frozen base was not; what it has learnt
+without a context shows in "another text's slots", the same ICAE with the memory of another context. "Untrained slots"
+are those of an ICAE before any training."""
     if tools := [name for name in ("LLMLingua", "kvpress") if name in record["summary"]]:
         reads += f",\nor what {' and '.join(tools)} leave of it"
     tuned = ""
@@ -132,7 +159,7 @@ the same size, tuned on {tuned_on} with the full context ([how long](results/REA
 
 {table(["answers from", *ANSWERS.values()], rows)}
 
-{reads}{tuned}.{intervals}
+{reads}{tuned}. {learnt}{intervals}
 """
 
 
@@ -180,17 +207,17 @@ def judge(record: Record) -> str:
 """
 
 
-def probes(record: Record) -> str:
-    """Which facts survive."""
+def probes(record: Record, name: str = "probes") -> str:
+    """Which facts survive. `name` is that of the file."""
     rows = []
-    for name, model in record["models"].items():
+    for model_name, model in record["models"].items():
         for reading, kinds in model["readers"].items():
             accuracies = [f"{row['accuracy']:.0%}" for row in kinds.values()]
-            rows.append([f"{name}, {reading}", *accuracies, f"{kinds['all']['told_apart']:.0%}"])
+            rows.append([f"{model_name}, {reading}", *accuracies, f"{kinds['all']['told_apart']:.0%}"])
     (low, high) = next(iter(record["models"].values()))["readers"]["icae"]["all"]["interval"]
     return f"""\
 **Which facts survive**: is the true answer likelier than the same with another value? {record["texts"]}
-{"generated and real" if record["data"] else "generated"} texts, chance is 50% ([probes.json](results/probes.json)):
+{"generated and real" if record["data"] else "generated"} texts, chance is 50% ([{name}.json](results/{name}.json)):
 
 {table(["", *kinds, "told apart"], rows)}
 
@@ -199,25 +226,28 @@ false ones? The 95% interval of the first number for all kinds reaches from {low
 """
 
 
-def answering(record: Record) -> str:
-    """What an answer costs, as ratios."""
+def answering(record: Record, name: str = "bench_generate") -> str:
+    """What an answer costs, as ratios. `name` is that of the file."""
     columns = {
-        f"{cell['batch']} × {cell['context_tokens']:,}, {name}": ratios
+        f"{cell['batch']} × {cell['context_tokens']:,}, {compression}": ratios
         for cell in record["cells"]
-        for name, ratios in cell["ratios"].items()
+        for compression, ratios in cell["ratios"].items()
     }
-    names = dict.fromkeys(name for ratios in columns.values() for name in ratios)
+    measures = dict.fromkeys(measure for ratios in columns.values() for measure in ratios)
 
     def show(value: float | None) -> str:
         return "never" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"
 
-    rows = [[name, *(show(ratios[name]) if name in ratios else "–" for ratios in columns.values())] for name in names]
+    rows = [
+        [measure, *(show(ratios[measure]) if measure in ratios else "–" for ratios in columns.values())]
+        for measure in measures
+    ]
     hardware = record["made_by"]["hardware"]
     machine = hardware["accelerator"] or f"{hardware['torch_threads']} CPU threads"
     return f"""\
 **What answering costs** (`icae bench generate`, ratios to the full context within one run on {machine}; rows × context
 tokens, {record["arguments"]["new_tokens"]} new tokens, {record["attention"]} on both sides;
-[bench_generate.json](results/bench_generate.json)):
+[{name}.json](results/{name}.json)):
 
 {table(["", *columns], rows)}
 """
@@ -241,6 +271,25 @@ def layouts(record: Record) -> str:
 context tokens each (`make comparison`; [curves](results/layouts.png)):
 
 {table(["memory", "layout", "autoencoding loss", "with another text's slots", "accuracy"], rows)}
+"""
+
+
+def ablations(record: Record) -> str:
+    """The instruction stage after pretraining of several kinds."""
+    rows = [
+        [
+            name,
+            f"{run['response_loss'][-1]:.2f}",
+            f"{run['response_loss_other_text'][-1]:.2f}",
+            f"{run['response_accuracy'][-1]:.1%}",
+        ]
+        for name, run in record["runs"].items()
+    ]
+    return f"""\
+**What pretraining gives the instruction stage** (the paper's ablations at small scale: 64-token spans, 4x if nothing
+else is said, equal tokens; `icae sweep evaluation/sweeps/ablations.yaml`, [curves](results/ablations.png)):
+
+{table(["pretraining", "loss of the response", "with another text's slots", "accuracy"], rows)}
 """
 
 

@@ -1,5 +1,7 @@
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -50,6 +52,11 @@ def results(tokenizer, tmp_path_factory):
         state = [measured | {"eval_num_tokens": 10.0, "step": 1}]
         (folder / "icae" / "trainer_state.json").write_text(json.dumps({"log_history": state}))
         curves.main(["icae", "--output", "results/embedded.json", "--title", "Curves of a tiny model"])
+        for name in ("ratios", "spans"):
+            shutil.copy("results/reconstruction.json", f"results/{name}.json")
+        shutil.copy("results/probes.json", "results/probes_by_ratio.json")
+        shutil.copy("results/bench_generate.json", "results/bench_generate_ratios.json")
+        Path("results/other.json").write_text('{"what": "something else"}')
     return folder / "results"
 
 
@@ -68,7 +75,8 @@ def test_the_page_shows_every_result_and_needs_no_other_file(written):
     page = (written / "index.html").read_text()
     for section in report.SECTIONS[:-1]:
         assert f"<h2>{section.title}</h2>" in page
-        assert re.search(rf'alt="{section.title}" src="data:image/png;base64,\w', page)
+        found = re.findall(rf'alt="{section.title}" src="data:image/png;base64,\w', page)
+        assert len(found) == len(section.plots)
     assert "<h2>Curves of a tiny model</h2>" in page
     assert not re.findall(r'(?:src|href)="(?!data:|\.\.)[^"]*"', page)
     assert "| ---" not in page and page.count("<table>") >= 9  # tables are tables
@@ -77,9 +85,17 @@ def test_the_page_shows_every_result_and_needs_no_other_file(written):
 def test_the_markdown_has_its_plots_beside_it_and_links_to_the_results(written, results):
     text = (written / "README.md").read_text()
     plots = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    assert len(plots) == len(report.SECTIONS) and all((written / plot).stat().st_size > 1000 for plot in plots)
+    expected = 1 + sum(len(section.plots) for section in report.SECTIONS)
+    assert len(plots) == len(set(plots)) == expected and all((written / plot).stat().st_size > 1000 for plot in plots)
     links = [link for link in re.findall(r"(?<!!)\[[^]]*\]\((\S+?\.json)\)", text)]
     assert links and all((written / link).resolve().is_file() for link in links)
+
+
+def test_every_file_of_the_results_is_in_the_report(written, results):
+    text = (written / "README.md").read_text()
+    assert "## Other files\n\n- [other.json](" in text and "): something else\n" in text
+    shown = {section.name for section in report.SECTIONS} | {"embedded", "other"}
+    assert {file.stem for file in results.glob("*.json")} <= shown
 
 
 def test_what_is_missing_is_listed_with_its_command(written):
