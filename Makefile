@@ -49,16 +49,28 @@ tune-embedded: $(STAMP)  ## its instruction stage; goes on where it was interrup
 	OMP_NUM_THREADS=1 $(BIN)/icae sft --config trainers/presets/sft_cpu.yaml --init_from runs/icae-smollm2-135m \
 	  --train_files $(TRIPLES)/train.parquet --eval_files $(TRIPLES)/validation.parquet --resume true
 
-# A few hours on one core. Interrupted, the same command goes on; what is done already, it does again.
-evaluate: $(STAMP)  ## what the embedded checkpoint keeps and costs -> results/*.json, runs/report; card and README from them
-	$(BIN)/icae evaluate reconstruction --data $(DATA)/validation.parquet --without wikitext2
-	$(BIN)/icae evaluate continuation --data $(DATA)/validation.parquet
-	$(BIN)/icae evaluate probes --data $(DATA)/validation.parquet --without wikitext2 de_eltec code_python_stdlib --pairs 30
-	$(BIN)/icae evaluate answers --data $(TRIPLES)/validation.parquet --per-source 5
-	$(BIN)/icae bench generate --contexts 512 1024 2048 4096 8000
-	$(BIN)/icae card checkpoints/icae-smollm2-135m --results results
+# A few hours on one core. Each result has a stamp in runs/evaluated, so that the same command goes on after an
+# interruption and measures again what a new checkpoint makes old. Optional readers of `answers`: TUNED=FOLDER, an adapter
+# of icae.evaluation.tune_full_context; LLMLINGUA=PYTHON and KVPRESS=PYTHON, interpreters that have these tools.
+CHECKPOINT := checkpoints/icae-smollm2-135m
+DONE := runs/evaluated
+READERS = $(if $(TUNED),--tuned $(TUNED)) $(if $(LLMLINGUA),--llmlingua $(LLMLINGUA)) $(if $(KVPRESS),--kvpress $(KVPRESS))
+evaluate: $(addprefix $(DONE)/,reconstruction continuation probes answers bench bench_ratios)  ## all measurements of the embedded checkpoint -> results/, runs/report
+	$(BIN)/icae card $(CHECKPOINT) --results results
 	$(BIN)/python -m icae.evaluation.readme
 	$(BIN)/icae report --output runs/report
+$(DONE)/reconstruction: RUN_THIS = evaluate reconstruction --data $(DATA)/validation.parquet --without wikitext2
+$(DONE)/continuation: RUN_THIS = evaluate continuation --data $(DATA)/validation.parquet
+$(DONE)/probes: RUN_THIS = evaluate probes --data $(DATA)/validation.parquet \
+  --without wikitext2 de_eltec code_python_stdlib --pairs 24 --per-kind 24
+$(DONE)/answers: RUN_THIS = evaluate answers --data $(TRIPLES)/validation.parquet --per-source 5 $(READERS)
+$(DONE)/bench: RUN_THIS = bench generate --contexts 512 1024 2048 4096 8000
+$(DONE)/bench_ratios: RUN_THIS = bench generate --batches 4 --contexts 2048 --ratios 2 4 8 16 \
+  --output results/bench_generate_ratios.json
+$(DONE)/%: $(STAMP) $(CHECKPOINT)/icae_slots.safetensors
+	mkdir -p $(DONE)
+	$(BIN)/icae $(RUN_THIS)
+	touch $@
 
 evaluate-quick: $(STAMP)  ## a small subset of the evaluations, without any other files -> runs/quick/*.json
 	OMP_NUM_THREADS=1 $(BIN)/icae evaluate reconstruction --quick
@@ -71,7 +83,7 @@ RUN ?= runs/icae-smollm2-135m-sft
 snapshot: $(STAMP)  ## make checkpoints/icae-smollm2-135m from a training checkpoint
 	$(BIN)/python -c "import torch, icae; \
 	  model = icae.ICAEForConditionalGeneration.from_pretrained('$(RUN)', base_model=icae.embedded_base(), is_trainable=True); \
-	  model.save_pretrained('checkpoints/icae-smollm2-135m', dtype=torch.bfloat16, with_code=False)"
+	  model.save_pretrained('$(CHECKPOINT)', dtype=torch.bfloat16, with_code=False)"
 
 comparison: $(STAMP)  ## layouts and memory types at equal tokens -> results/layouts.json, .png
 	OMP_NUM_THREADS=1 $(BIN)/icae sweep evaluation/sweeps/layouts.yaml $(FILES)

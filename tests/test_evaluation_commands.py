@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -199,6 +201,17 @@ def test_reconstruction_reports_lengths_sources_and_altered_text_beside_the_cont
     with torch.no_grad():
         alone = [model(context_ids=torch.tensor([window["ids"][-24:-8]])).loss.item() for window in windows]
     assert row["by_length"]["16"]["ae_loss"] == pytest.approx(sum(alone) / 4, abs=1e-4)
+
+
+@pytest.mark.slow  # two processes with the embedded checkpoint
+def test_a_second_quick_run_gives_exactly_the_same_figures(tmp_path):
+    records = []
+    for name in ("first", "second"):
+        command = ["evaluate", "reconstruction", "--quick", "--output", str(tmp_path / f"{name}.json")]
+        subprocess.run([sys.executable, "-m", "icae.cli", *command], check=True, cwd=tmp_path)
+        records.append(json.loads((tmp_path / f"{name}.json").read_text()))
+    first, second = records
+    assert first["models"] == second["models"] and first["models"]["embedded"]["bleu"] > 0
 
 
 def test_altered_text_keeps_its_length_and_holds_no_control_token(tokenizer):
