@@ -58,7 +58,7 @@ from icae.evaluation.readers import (
     TokenReader,
     number_of_slots,
 )
-from icae.evaluation.record import write_record
+from icae.evaluation.record import current_commit, write_record
 from icae.evaluation.third_party import KVPressReader, LLMLinguaReader, tool_version
 from icae.modeling_icae import ICAEForConditionalGeneration
 from icae.modeling_icae.chat_icae import encode_contexts
@@ -109,6 +109,9 @@ def main(argv: list[str] | None = None) -> None:
         "context_tokens": sum(len(row["context_ids"]) for row in rows),
         "slots": sum(number_of_slots(model, row["context_ids"]) for row in rows),
         "arguments": recorded(arguments),
+        "commits": {
+            name: sorted({str(file.rows[row["row"]].get("commit")) for row in rows}) for name, file in answers.items()
+        },
         "summary": summary,
         "by_source": {name: means(found) for name, found in measured.items()},
         "examples": examples(answers, rows),
@@ -223,7 +226,10 @@ def fill(file: AnswerFile, make: Callable[[], Reader], rows: list[Row], max_new_
     for batch in tqdm(missing, desc=file.name):
         losses, answers = reader.losses(batch), reader.answers(batch, max_new_tokens)
         found = zip(batch, losses, answers, strict=True)
-        lines = [{"row": row["row"], "loss": round(loss, 6), "answer": answer} for row, loss, answer in found]
+        lines = [
+            {"row": row["row"], "loss": round(loss, 6), "answer": answer, "commit": current_commit()}
+            for row, loss, answer in found
+        ]
         file.add([line for line in lines if line["row"] not in file.rows])
 
 
