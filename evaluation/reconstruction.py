@@ -95,19 +95,26 @@ def evaluate(model: ICAEForConditionalGeneration, windows: list[Window], length:
         seen[window["source"]] += 1
         if seen[window["source"]] <= arguments.written_per_source:
             chosen.append(window)
-    rows = [row for batch in batches(windows, arguments.batch_size) for row in read_back(model, batch, *sizes)]
+    read = [row for batch in batches(windows, arguments.batch_size) for row in read_back(model, batch, *sizes)]
+    rows = [row | {"window": number} for number, row in enumerate(read)]
     return rows + [row for batch in batches(chosen, arguments.batch_size) for row in write_out(model, batch, *sizes)]
 
 
 def summarize(rows: list[Row]) -> dict[str, Any]:
-    """Means over rows, an interval of the main one, and BLEU of all that was written out (0 to 1)."""
-    values = defaultdict(list)
+    """
+    Means over rows, an interval of the main one, drawn over windows, which may have a row for each of several lengths,
+    and BLEU of all that was written out (0 to 1).
+    """
+    values, losses = defaultdict(list), defaultdict(list)
     for row in rows:
+        if "ae_loss" in row:
+            losses[row["window"]].append(row["ae_loss"])
         for key, value in row.items():
             if isinstance(value, float):
                 values[key].append(value)
     summary: dict[str, Any] = {key: mean(found) for key, found in values.items()}
-    summary |= {"ae_loss_interval": mean_interval(values["ae_loss"]), "rows": len(values["ae_loss"])}
+    interval = mean_interval([mean(found) for found in losses.values()])
+    summary |= {"ae_loss_interval": interval, "rows": len(values["ae_loss"])}
     if written := [row for row in rows if "written" in row]:
         score = BLEU().corpus_score([row["written"] for row in written], [[row["text"] for row in written]])
         summary |= {"bleu": score.score / 100, "written": len(written)}

@@ -214,6 +214,13 @@ def test_a_second_quick_run_gives_exactly_the_same_figures(tmp_path):
     assert first["models"] == second["models"] and first["models"]["embedded"]["bleu"] > 0
 
 
+def test_the_interval_over_several_lengths_is_drawn_over_windows_not_rows():
+    losses = [1.0, 3.0, 2.5]
+    rows = [{"window": window, "ae_loss": loss} for _ in range(5) for window, loss in enumerate(losses)]
+    summary = reconstruction.summarize(rows)
+    assert summary["rows"] == 15 and summary["ae_loss_interval"] == reconstruction.mean_interval(losses)
+
+
 def test_altered_text_keeps_its_length_and_holds_no_control_token(tokenizer):
     windows = cut_windows(TEXTS, tokenizer, 20, 3, seed=0)
     special = set(tokenizer.all_special_ids)
