@@ -248,10 +248,11 @@ def build(results: Path) -> tuple[str, dict[str, bytes]]:
             plots[image] = draw(plot, record)
             parts.append(f"![{section.title}]({image})\n")
         parts.append(birth(record))
-    for plot in sorted(results.glob("*.png")):  # learning curves have theirs beside them
-        record = json.loads(plot.with_suffix(".json").read_text())
-        plots[plot.name] = plot.read_bytes()
-        parts += [f"## {record['what']}\n", f"![{record['what']}]({plot.name})\n", tables.runs(record), birth(record)]
+    for curves in sorted(results.glob("*.png")):
+        record = json.loads(curves.with_suffix(".json").read_text())
+        plots[curves.name] = curves.read_bytes()
+        title = record["what"]
+        parts += [f"## {title}\n", f"![{title}]({curves.name})\n", tables.runs(record), birth(record)]
     shown = {section.name for section in SECTIONS} | {Path(name).stem for name in plots}
     others = [file for file in sorted(results.glob("*.json")) if file.stem not in shown]
     if others:

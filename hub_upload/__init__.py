@@ -8,7 +8,7 @@ Hub in one commit. On the command line: `icae push CHECKPOINT ORG/NAME`.
 
 from .checks import check, check_base_id, check_training_state
 from .layout import assemble, training_state
-from .upload import prepared, push, push_model, upload
+from .upload import prepared, push, push_model, repository, upload
 from .verification import verify
 
 
@@ -20,6 +20,7 @@ __all__ = [
     "prepared",
     "push",
     "push_model",
+    "repository",
     "training_state",
     "upload",
     "verify",

@@ -1,10 +1,14 @@
 """
-Run by path in a process of its own (`python -I alone.py FOLDER OPTIONS OUTPUT`): loads a folder as somebody does who
-has no `icae`, with the folder's own code, and writes down what the model says about a fixed input.
+Run by path in a process of its own (`python -I alone.py FOLDER OPTIONS OUTPUT PATH…`): loads a folder as somebody does
+who has no `icae`, with the folder's own code, and writes down what the model says about a fixed input.
 """
 
 import json
 import sys
+
+
+if __name__ == "__main__":
+    sys.path += sys.argv[4:]  # where the caller finds its packages; `-I` knows neither $PYTHONPATH nor the user's own
 
 import torch
 from safetensors.torch import save_file
@@ -16,21 +20,32 @@ PROMPT = "Who lives there, and since when?"
 
 @torch.no_grad()
 def outputs(model) -> dict[str, torch.Tensor]:
-    """Slots, autoencoding losses, and a prompt's token ids, for two rows of token ids, one of them in two spans."""
+    """
+    Slots, losses and the scores of an answer's first token, for two rows of token ids, one of them in two spans; and
+    a prompt's token ids.
+    """
     length = min(model.config.span_length, 64)
     # Spread over the vocabulary by a large prime; the second row has half the length.
     ids = torch.arange(1, 2 * length + 1).mul(7919).remainder(model.config.text_config.vocab_size).view(2, length)
     mask = torch.ones_like(ids)
     mask[1, length // 2 :] = 0
-    output = model(ids.to(model.device), mask.to(model.device), span_length=length - length // 4)
-    losses = output.token_losses["autoencoding"][output.token_masks["autoencoding"]]
-    answers = model.generate(memory=output.memory, prompt=PROMPT, max_new_tokens=2, do_sample=False)
-    assert len(answers) == 2
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    output = model(ids, mask, span_length=length - length // 4, continuation_ids=ids[:, :8])
+    answer = model.generate(
+        memory=output.memory,
+        prompt=PROMPT,
+        max_new_tokens=1,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
     tensors = {
         "slots": output.memory.slots[output.memory.mask],
-        "losses": losses,
+        "scores": answer.logits[0],
         "prompt": torch.tensor(model.tokenizer(PROMPT)["input_ids"]),
     }
+    for task, losses in output.token_losses.items():
+        tensors[f"{task} losses"] = losses[output.token_masks[task]]
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -42,7 +57,7 @@ class _Missing:
             raise ModuleNotFoundError("No module named 'icae'", name="icae")
 
 
-def main(folder: str, options: str, output: str) -> None:
+def main(folder: str, options: str, output: str, *paths: str) -> None:
     sys.meta_path.insert(0, _Missing())  # type: ignore[arg-type]
     model = AutoModel.from_pretrained(folder, trust_remote_code=True, **json.loads(options))
     model.eval()

@@ -1,6 +1,5 @@
 """What must not leave this machine, and what a repository must have: checks that need no model."""
 
-import io
 import json
 import re
 from collections.abc import Iterator
@@ -15,15 +14,30 @@ from icae.configuration_icae import ICAEConfig
 from icae.model_cards.facts import is_hub_id
 from icae.modeling_icae import ICAEForConditionalGeneration
 
-from .layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CODE, PICKLES, REQUIRED, TOKENIZER, WEIGHTS, files_of, matches
+from .layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CODE,
+    OPTIMIZER,
+    PICKLES,
+    REQUIRED,
+    TOKENIZER,
+    TRAINER_STATE,
+    WEIGHTS,
+    files_of,
+    matches,
+)
 
 
-# An absolute path, one below the home folder or one that climbs: as a whole value in a JSON file, and inside a text,
-# where only the usual roots are told from the rest of the world's slashes.
-PATH_VALUE = re.compile(r"(?:/|~|\.{1,2}/|[A-Za-z]:[\\/]|file:)[\w.~-]+[\\/].*|(?:~|\.{1,2})/[\w.-]+", re.DOTALL)
+# An absolute path, one below a home folder or one that climbs: as a word of a value in a JSON file (one from the
+# current folder only as the whole value), and inside a text, where only the usual roots are told from other slashes.
+WORD = r"(?<![^\s=\"'`])"
+PATH_IN_VALUE = re.compile(
+    rf"{WORD}(?:/|~(?=[A-Za-z])|[A-Za-z]:[\\/]|file:/*)[\w.~-]+[\\/][^\s\"'`]*|(?:{WORD}(?:~|\.\.)|^\.)/[\w.-][^\s\"'`]*"
+)
 PATH_IN_TEXT = re.compile(
-    r"(?<![\w.:/])(?:/(?:home|root|tmp|mnt|data|work|workspace|scratch|content|kaggle|opt|srv|var|Users|Volumes)/"
-    r"|~/|[A-Z]:\\|file://)[^\s\"'`)<>]+"
+    r"(?<![\w.:/])(?:/(?:home|root|tmp|mnt|data|work|workspace|scratch|content|kaggle|opt|srv|var|Users|Volumes|nfs|gpfs"
+    r"|lustre|fsx|datasets|storage|shared)\d*/|~/|[A-Z]:\\|file://)[^\s\"'`)<>]+"
 )
 SECRETS = {
     "a Hugging Face token": re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{30,}"),
@@ -73,35 +87,34 @@ def check(folder: str | Path) -> None:
             _check_text(name, file.read_text(encoding="utf-8", errors="replace"))  # a SentencePiece model is no text
 
 
-def check_training_state(files: dict[str, Path | bytes]) -> None:
+def check_training_state(folder: str | Path) -> None:
     """
     Refuses a state to resume from that should not leave this machine.
 
     Args:
-        files (`dict[str, Path or bytes]`):
-            The files, as [`training_state`] gives them. Those of torch may hold what transformers reads of them when
+        folder (`str` or `Path`):
+            The folder, as [`training_state`] made it. Its files of torch may hold what transformers reads of them when
             it resumes, with `weights_only=True`: tensors and random states, no code.
 
     Raises:
-        `ValueError`: if a file of torch holds more, or if a path of this machine or a secret is in a text.
+        `ValueError`: if a file of torch holds more or cannot be read, if a file is larger than the configuration says,
+            or if a path of this machine or a secret is in a text.
     """
-    for name, content in files.items():
-        if matches(Path(name).name, PICKLES):
+    files = files_of(folder)
+    grows = files.pop(TRAINER_STATE)  # with the length of the run
+    _check_sizes(files, ICAEConfig.from_pretrained(folder))
+    for name, file in (files | {TRAINER_STATE: grows}).items():
+        if matches(name, PICKLES):
             try:
                 with safe_globals():
-                    torch.load(
-                        io.BytesIO(content) if isinstance(content, bytes) else content,
-                        map_location="meta",
-                        weights_only=True,
-                    )
-            except UnpicklingError as error:
+                    torch.load(file, map_location="meta", weights_only=True)
+            except (UnpicklingError, RuntimeError, EOFError) as error:
                 raise ValueError(
-                    f"Expected only tensors and random states in {name!r}, got what may run code when it is opened; "
-                    'push without the state to resume from, by `hub_strategy="every_save"`.'
+                    f"Expected only tensors and random states in {name!r}, got a damaged file or what may run code "
+                    'when it is opened; push without the state to resume from, by `hub_strategy="every_save"`.'
                 ) from error
-        elif not name.endswith(".safetensors"):
-            data = content if isinstance(content, bytes) else content.read_bytes()
-            _check_text(name, data.decode("utf-8", errors="replace"))
+        elif name not in WEIGHTS:
+            _check_text(name, file.read_text(encoding="utf-8", errors="replace"))
 
 
 def check_base_id(config: ICAEConfig) -> None:
@@ -141,16 +154,21 @@ def _check_names(names: set[str]) -> None:
 
 
 def _check_sizes(files: dict[str, Path], config: ICAEConfig) -> None:
-    """Weights hold at most 4 bytes for each number that the configuration declares."""
+    """
+    Weights hold at most 4 bytes for each number that the configuration declares, or 8 beside a base in float64; an
+    optimizer four times as much.
+    """
     with torch.device("meta"):
-        parameters = ICAEForConditionalGeneration(config).trainable_parameters()
+        model = ICAEForConditionalGeneration(config)
     slots = ("memory_embeddings", "task_embeddings")
-    numbers = dict.fromkeys(WEIGHTS, 0)
-    for name, parameter in parameters.items():
-        numbers[WEIGHTS[0] if name in slots else ADAPTER_WEIGHTS] += parameter.numel()
+    limits = dict.fromkeys(WEIGHTS, HEADER_BYTES)
+    for name, parameter in model.trainable_parameters().items():
+        size = max(4, model.language_model.dtype.itemsize)
+        limits[WEIGHTS[0] if name in slots else ADAPTER_WEIGHTS] += size * parameter.numel()
+    limits |= dict.fromkeys(OPTIMIZER, 4 * sum(limits.values()))
     for name, file in files.items():
-        if name in WEIGHTS:
-            limit = 4 * numbers[name] + HEADER_BYTES
+        if name in limits:
+            limit = limits[name]
         elif matches(name, TOKENIZER):
             limit = TOKEN_BYTES * config.text_config.vocab_size + HEADER_BYTES
         else:
@@ -176,7 +194,7 @@ def _check_text(name: str, text: str) -> None:
         "tokenizer.json",
         "vocab.json",
     ):  # words like "/usr/bin" are theirs
-        paths = [value for value in _strings(json.loads(text)) if PATH_VALUE.fullmatch(value)]
+        paths = [match[0] for value in _strings(json.loads(text)) if (match := PATH_IN_VALUE.search(value))]
     if paths:
         raise ValueError(
             f"Expected no paths of this machine, got {paths[0]!r} in {name!r}; give a Hub id, or remove it from the "

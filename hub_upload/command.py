@@ -4,7 +4,7 @@ import argparse
 import hashlib
 from pathlib import Path
 
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
 from .layout import files_of
 from .upload import prepared, upload
@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     if "/" not in arguments.repo_id:
         raise ValueError(f"Expected the whole name of a repository, ORG/NAME, got {arguments.repo_id!r}.")
     model = load_model(arguments.checkpoint, arguments.base, "bfloat16")
-    with prepared(arguments.checkpoint, model, repo_id=arguments.repo_id) as folder:
+    names = {"repo_id": arguments.repo_id, "branch": arguments.revision}
+    with prepared(arguments.checkpoint, model, **names) as folder:
         if arguments.dry_run:
             print(tree(folder))
             print("\n" + Path(folder, "README.md").read_text(encoding="utf-8"), end="")
@@ -44,7 +45,11 @@ def main(argv: list[str] | None = None) -> None:
                 create_pr=arguments.create_pr,
                 revision=arguments.revision,
             )
-        except (HTTPError, RuntimeError) as error:  # as requests and uploads of large files fail
+        except (
+            HTTPError,
+            LocalEntryNotFoundError,
+            RuntimeError,
+        ) as error:  # as requests and uploads of large files fail
             raise OSError(
                 f"Expected the Hub to take the upload, got: {error}\nThe repository holds what it held, or all of the "
                 "new version. See that you are online and logged in (`hf auth login`), and push again."

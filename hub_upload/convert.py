@@ -80,7 +80,6 @@ def convert(
 
     notes = _notes(release, model.config, of_base)
     CardFacts(
-        name=Path(folder).resolve().name,
         origin=f"Converted from `{file.name}`, a checkpoint of the official code "
         f"([getao/icae](https://github.com/getao/icae), {release}), with `icae convert`.",
         limits=[f"{note[0].upper()}{note[1:]}." for note in notes],

@@ -40,12 +40,19 @@ TOKENIZER = {
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
+    "spm.model",
+    "source.spm",
+    "target.spm",
+    "tekken.json",
+    "*.tiktoken",
 }
-TRAINING_ARGUMENTS = "training_args.bin"
 TRAINER_STATE = "trainer_state.json"
 PICKLES = {"*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt"}
+# What a trainer resumes from, beside the layout itself. Its arguments hold the token and are not needed.
+OPTIMIZER = {"optimizer.pt", "optimizer.bin"}
+STATE = OPTIMIZER | {"scheduler.pt", "scaler.pt", "rng_state*.pth", TRAINER_STATE}
 # What other tokenizers, other ways of saving and trainers left in a repository. All else belongs to its owner.
-STALE = TOKENIZER | {
+STALE = (TOKENIZER - {"*.tiktoken"}) | {
     f"{ADAPTER_FOLDER}/*",
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -61,7 +68,7 @@ STALE = TOKENIZER | {
     "scaler.pt",
     "rng_state*.pth",
     TRAINER_STATE,
-    TRAINING_ARGUMENTS,
+    "training_args.bin",
 }
 
 
@@ -76,18 +83,29 @@ def files_of(folder: str | Path) -> dict[str, Path]:
     return dict(sorted((path.relative_to(folder).as_posix(), path) for path in found))
 
 
-def training_state(checkpoint: str | Path) -> dict[str, Path | bytes]:
+def training_state(checkpoint: str | Path, folder: str | Path) -> None:
     """
-    What a trainer resumes from, by its path in the checkpoint: all files but its arguments, which hold the token and
-    are not needed. The best checkpoint is named without the folders that it lies in here.
+    Copies what a trainer resumes from: the ICAE itself, its tokenizer, and the states of optimizer, schedule, scaler,
+    random generators and trainer. All else stays behind, for example the trainer's arguments, which hold the token,
+    what FSDP and DeepSpeed save of the base, logs, and links. The best checkpoint is named without the folders that
+    it lies in here.
+
+    Args:
+        checkpoint (`str` or `Path`):
+            A trainer's checkpoint. It may be deleted afterwards.
+        folder (`str` or `Path`):
+            Where to put the copies; made if missing.
     """
-    files: dict[str, Path | bytes] = {**files_of(checkpoint)}
-    files.pop(TRAINING_ARGUMENTS, None)
-    state = json.loads(Path(checkpoint, TRAINER_STATE).read_text(encoding="utf-8"))
+    for name, file in files_of(checkpoint).items():
+        if matches(name, REQUIRED | TOKENIZER | STATE) and not file.is_symlink():
+            copy = Path(folder, name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+    described = Path(folder, TRAINER_STATE)
+    state = json.loads(described.read_text(encoding="utf-8"))
     if state["best_model_checkpoint"]:
         state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
-        files[TRAINER_STATE] = json.dumps(state, indent=2).encode()
-    return files
+        described.write_text(json.dumps(state, indent=2), encoding="utf-8")
 
 
 def assemble(
@@ -96,6 +114,7 @@ def assemble(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     repo_id: str | None = None,
+    branch: str | None = None,
 ) -> None:
     """
     Puts the complete layout together in `folder`: the checkpoint's weights and its configuration, the code of this
@@ -111,6 +130,8 @@ def assemble(
             The tokenizer, by default the checkpoint's own.
         repo_id (`str`, *optional*):
             The repository that the card should name.
+        branch (`str`, *optional*):
+            Its branch, if not `main`.
 
     Raises:
         `ValueError`: if the checkpoint lacks weights or its configuration, or if no tokenizer is known.
@@ -149,9 +170,10 @@ def assemble(
     text = json.dumps(described, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (folder / TOKENIZER_CONFIG_FILE).write_text(text, encoding="utf-8")
     facts = CardFacts.load(checkpoint)
-    facts.name = facts.name or checkpoint.resolve().name
-    if repo_id not in (None, facts.repo_id):
-        facts.repo_id, facts.revision = repo_id, None  # a commit of another repository is none of this one
+    if repo_id is not None:
+        facts = facts.at(repo_id, branch)
+    if facts.repo_id is None:
+        facts.name = facts.name or checkpoint.resolve().name
     facts.save(folder)
     card = checkpoint / "README.md"
     if card.is_file() and not is_generated(card.read_text(encoding="utf-8")):

@@ -1,12 +1,16 @@
 """Onto the Hub, in one commit."""
 
+import inspect
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
+from huggingface_hub.errors import RevisionNotFoundError
 
 from icae.model_cards import CardFacts
 from icae.modeling_icae import ICAEForConditionalGeneration
@@ -18,7 +22,12 @@ from .verification import verify
 
 @contextmanager
 def prepared(
-    checkpoint: str | Path, model: ICAEForConditionalGeneration, *, base: str | None = None, repo_id: str | None = None
+    checkpoint: str | Path,
+    model: ICAEForConditionalGeneration,
+    *,
+    base: str | None = None,
+    repo_id: str | None = None,
+    branch: str | None = None,
 ) -> Iterator[str]:
     """
     A folder that is ready for the Hub, as long as the block lasts: assembled, checked and verified.
@@ -30,14 +39,14 @@ def prepared(
             The live model that the checkpoint holds; what others will load is compared with it.
         base (`str`, *optional*):
             Folder of the base for that comparison, see [`verify`].
-        repo_id (`str`, *optional*):
-            The repository that the card should name.
+        repo_id (`str`, *optional*), branch (`str`, *optional*):
+            The repository that the card should name, and its branch if not `main`.
 
     Raises:
         `ValueError`: if the checkpoint is refused, see [`assemble`], [`check`] and [`verify`].
     """
     with tempfile.TemporaryDirectory() as folder:
-        assemble(checkpoint, folder, tokenizer=model.tokenizer, repo_id=repo_id)
+        assemble(checkpoint, folder, tokenizer=model.tokenizer, repo_id=repo_id, branch=branch)
         check(folder)
         verify(folder, model, base=base)
         yield folder
@@ -67,20 +76,26 @@ def push(
 
     Raises:
         `ValueError`: if the checkpoint is refused. Nothing has been uploaded then.
+        `TypeError`: if an argument is none of [`upload`]'s.
     """
+    inspect.signature(upload).bind(checkpoint, repo_id, **upload_kwargs)  # now, not after the verification
     if "/" not in repo_id:  # the card gives the whole name
         repo_id = f"{HfApi(token=upload_kwargs.get('token')).whoami()['name']}/{repo_id}"
-    with prepared(checkpoint, model, base=base, repo_id=repo_id) as folder:
+    with prepared(checkpoint, model, base=base, repo_id=repo_id, branch=upload_kwargs.get("revision")) as folder:
         return upload(folder, repo_id, **upload_kwargs)
 
 
-def push_model(model: ICAEForConditionalGeneration, repo_id: str, **kwargs) -> CommitInfo:
-    """Pushes a live model; `model.push_to_hub` is this."""
+def push_model(
+    model: ICAEForConditionalGeneration, repo_id: str, *, tags: str | list[str] | None = None, **kwargs
+) -> CommitInfo:
+    """Pushes a live model, with `tags` of its own in the card; `model.push_to_hub` is this."""
     with tempfile.TemporaryDirectory() as checkpoint:
         model.save_pretrained(checkpoint)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            # As it was loaded, so that what was said of it there still holds.
-            CardFacts.of(model).save(checkpoint)
+        # What was said of the model where it was loaded from holds as long as nothing of it is in training.
+        changed = any(parameter.requires_grad for parameter in model.parameters())
+        facts = CardFacts() if changed else CardFacts.of(model)
+        tags = [tags] if isinstance(tags, str) else tags
+        replace(facts, tags=tags or facts.tags).save(checkpoint)
         return push(checkpoint, repo_id, model=model, **kwargs)
 
 
@@ -92,9 +107,9 @@ def upload(
     create_pr: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
-    commit_message: str = "Upload ICAE",
+    commit_message: str | None = None,
     commit_description: str | None = None,
-    subfolders: dict[str, dict[str, Path | bytes]] | None = None,
+    subfolders: dict[str, str | Path] | None = None,
 ) -> CommitInfo:
     """
     Uploads a folder in one commit, which also deletes what an earlier layout left behind: whatever happens, the
@@ -114,45 +129,81 @@ def upload(
         token (`str` or `bool`, *optional*):
             A token with write access, by default the one of `hf auth login`.
         commit_message, commit_description (`str`, *optional*):
-            What the commit says.
-        subfolders (`dict[str, dict[str, Path or bytes]]`, *optional*):
-            Files that go along, by their path in a folder of the repository, and replace what lies there: a trainer's
+            What the commit says, by default "Upload ICAE".
+        subfolders (`dict[str, str or Path]`, *optional*):
+            Folders that go along, by their path in the repository, and replace what lies there: a trainer's
             checkpoints, to resume from.
 
     Returns:
         `CommitInfo`: the commit.
 
     Raises:
-        `ValueError`: if the repository should be private but is public.
+        `ValueError`: if the repository is refused, see [`repository`].
         `HfHubHTTPError`: if the Hub refuses, or a commit of somebody else came in between.
     """
-    api = HfApi(token=token, library_name="icae", library_version=version("icae"))
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    info = api.model_info(repo_id)
-    if private and not info.private:
-        raise ValueError(
-            f"Expected a private repository, got {repo_id!r}, which is there and public; make it private in its "
-            "settings first, or push to another one."
-        )
-    if revision is not None:
-        if not (create_pr or revision.startswith("refs/")):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        info = api.model_info(repo_id, revision=revision)
-    files: dict[str, Path | bytes] = {**files_of(folder)}
+    api, info = repository(repo_id, private=private, create_pr=create_pr, revision=revision, token=token)
+    files = files_of(folder)
     for path, subfolder in (subfolders or {}).items():
-        files |= {f"{path}/{name}": content for name, content in subfolder.items()}
+        files |= {f"{path}/{name}": file for name, file in files_of(subfolder).items()}
     replaced = tuple(f"{path}/" for path in subfolders or ())
     there = {sibling.rfilename for sibling in info.siblings or ()}
     stale = {name for name in there - set(files) if matches(name, STALE) or name.startswith(replaced)}
     return api.create_commit(
-        repo_id,
+        info.id,
         [
-            *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()),
+            *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()),
             *(CommitOperationDelete(path_in_repo=name) for name in sorted(stale)),
         ],
-        commit_message=commit_message,
+        commit_message=commit_message or "Upload ICAE",
         commit_description=commit_description,
         revision=revision,
         create_pr=create_pr,
         parent_commit=info.sha,
     )
+
+
+def repository(
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    create_pr: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> tuple[HfApi, ModelInfo]:
+    """
+    The repository that an upload goes to, made if missing, and what it holds.
+
+    Args:
+        repo_id, private, create_pr, revision, token:
+            As in [`upload`].
+
+    Raises:
+        `ValueError`: if the repository should be private but is public, or if it holds another kind of model.
+    """
+    api = HfApi(token=token, library_name="icae", library_version=version("icae"))
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    info, missing = api.model_info(repo_id), False
+    if revision is not None:
+        try:
+            info = api.model_info(repo_id, revision=revision)
+        except RevisionNotFoundError:
+            if create_pr or revision.startswith("refs/"):
+                raise
+            missing = True  # a new branch begins as the main one is now
+    if private and not info.private:
+        raise ValueError(
+            f"Expected a private repository, got {repo_id!r}, which is there and public; make it private in its "
+            "settings first, or push to another one."
+        )
+    if any(sibling.rfilename == "config.json" for sibling in info.siblings or ()):
+        with tempfile.TemporaryDirectory() as folder:
+            config = api.hf_hub_download(repo_id, "config.json", revision=info.sha, local_dir=folder)
+            found = json.loads(Path(config).read_text(encoding="utf-8")).get("model_type")
+        if found != "icae":
+            raise ValueError(
+                f"Expected {repo_id!r} to hold an ICAE or no model, got one of the type {found!r}, whose weights an "
+                "upload would delete; push to another repository, or delete its 'config.json' if it is to be replaced."
+            )
+    if missing:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)  # type: ignore[arg-type]
+    return api, info

@@ -40,14 +40,16 @@ class CardCallback(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer = trainer
+        self.name: str | None = None
         self.license: str | None = None
         self.language: list[str] = []
+        self.tags: list[str] = []
         self.data: list[DataSource] = []
         self._earlier = CardFacts()
         self._started_from: str | None = None
         self._start = 0.0
         self._seconds: float | None = None  # of this run before it was interrupted; None: not known
-        self._final: CardFacts | None = None  # when training is over
+        self._final: TrainingStage | None = None  # when training is over
 
     def on_init_end(self, args, state, control, **kwargs):
         source = self.trainer.model.name_or_path
@@ -57,6 +59,7 @@ class CardCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._start, self._seconds, self._final = time.monotonic(), 0.0, None
+        self.facts()  # what was set is refused now, not after hours
         if state.global_step > 0:  # resumed
             interrupted = CardFacts.load(Path(args.output_dir, f"checkpoint-{state.global_step}")).stages
             self._seconds = interrupted[-1].seconds if interrupted else None
@@ -69,26 +72,32 @@ class CardCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             best = args.load_best_model_at_end and state.best_model_checkpoint
-            self._final = CardFacts.load(best) if best else self.facts()  # of the weights that are now in the model
-            self._final.save(args.output_dir)
+            # Of the weights that are now in the model.
+            self._final = (CardFacts.load(best).stages if best else [self._stage()])[-1]
+            self.facts().save(args.output_dir)
             self.write_card()
 
     def facts(self) -> CardFacts:
-        """All that is known by now: earlier stages, this one, and what was set."""
-        args = self.trainer.args
-        if self._final is not None:
-            return self._final
-        stages = list(self._earlier.stages)
+        """
+        All that is known by now: earlier stages, this one, and what was set.
+
+        Raises:
+            `ValueError`: if licence or language were set to what the Hub does not take.
+        """
+        args, known = self.trainer.args, self._earlier
+        stages = list(known.stages)
         if self.trainer.state.global_step > 0:
-            stages.append(self._stage())
+            stages.append(replace(self._final or self._stage(), data=list(self.data)))
         # Results were measured before this stage, so they are not carried over.
         return replace(
-            self._earlier,
-            name=Path(args.hub_model_id or Path(args.output_dir).resolve()).name,
+            known,
+            name=self.name,
             repo_id=args.hub_model_id if args.hub_model_id and "/" in args.hub_model_id else None,
+            branch=args.hub_revision,
             revision=None,
-            license=self.license or self._earlier.license,
-            language=self.language or self._earlier.language,
+            license=self.license or known.license,
+            language=self.language or known.language,
+            tags=self.tags or known.tags,
             stages=stages,
             reconstruction=None,
             answers=None,
@@ -96,8 +105,9 @@ class CardCallback(TrainerCallback):
 
     def write_card(self) -> None:
         """Writes `README.md` into `output_dir`."""
-        text = render(self.facts(), self.trainer.model.config)
-        Path(self.trainer.args.output_dir, "README.md").write_text(text, encoding="utf-8")
+        folder = self.trainer.args.output_dir
+        text = render(self.facts().named(folder), self.trainer.model.config)
+        Path(folder, "README.md").write_text(text, encoding="utf-8")
 
     def _stage(self) -> TrainingStage:
         args, state = self.trainer.args, self.trainer.state
@@ -112,7 +122,6 @@ class CardCallback(TrainerCallback):
             seed=args.seed,
             context_tokens=int(state.num_input_tokens_seen),
             settings=_settings(args),
-            data=list(self.data),
             started_from=self._started_from,
             hardware=_hardware(args.world_size),
             seconds=None if self._seconds is None else round(self._seconds + time.monotonic() - self._start, 1),

@@ -17,7 +17,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from icae.configuration_icae import ICAEConfig
-from icae.embedded import EMBEDDED_BASE_CODE, EMBEDDED_BASE_FINGERPRINT
+from icae.embedded import CHECKPOINT, EMBEDDED_BASE_CODE, EMBEDDED_BASE_FINGERPRINT
 from icae.modeling_icae import ICAEForConditionalGeneration
 
 from .facts import CardFacts, Evaluation, TrainingStage, is_hub_id
@@ -105,12 +105,10 @@ def model_card(folder: str | Path, *, repo_id: str | None = None, revision: str 
             "`save_pretrained` wrote."
         )
     facts = CardFacts.load(folder)
-    repo_id = repo_id or facts.repo_id
-    name = repo_id.split("/")[-1] if repo_id else facts.name or folder.resolve().name
-    if repo_id != facts.repo_id:  # a commit of another repository is none of this one
-        facts = replace(facts, revision=None)
-    facts = replace(facts, name=name, repo_id=repo_id, revision=revision or facts.revision)
-    return render(facts, config)
+    if repo_id not in (None, facts.repo_id):
+        facts = facts.at(repo_id)
+    facts = replace(facts, revision=revision or facts.revision)
+    return render(facts.named(folder), config, with_code="auto_map" in vars(config))
 
 
 def write_card(folder: str | Path, results: str | Path | None = None, **options) -> None:
@@ -130,15 +128,17 @@ def write_card(folder: str | Path, results: str | Path | None = None, **options)
     Path(folder, "README.md").write_text(model_card(folder, **options), encoding="utf-8")
 
 
-def render(facts: CardFacts, config: ICAEConfig) -> str:
+def render(facts: CardFacts, config: ICAEConfig, with_code: bool = True) -> str:
     """
-    The card of a model, for the layout that it has on the Hub, where its code lies beside it.
+    The card of a model.
 
     Args:
         facts ([`CardFacts`]):
             What is known beside the configuration; `name` is needed.
         config ([`ICAEConfig`]):
             Its configuration, with the base's.
+        with_code (`bool`, *optional*, defaults to `True`):
+            Whether its code lies beside it, as it does in each repository. If not, the quickstart takes this package.
     """
     base = config.base_model_name_or_path or ""
     on_hub = is_hub_id(base)
@@ -146,6 +146,7 @@ def render(facts: CardFacts, config: ICAEConfig) -> str:
     datasets = sorted({source.hub_id for stage in facts.stages for source in stage.data if source.hub_id})
     results = _model_index(facts)
     numbered = {f"{number}. {stage.name}": stage for number, stage in enumerate(facts.stages, 1)}
+    embedded = config.base_model_fingerprint == EMBEDDED_BASE_FINGERPRINT
     saved_with = {"transformers": config.transformers_version} if config.transformers_version else {}
     metadata = ModelCardData(
         model_name=facts.name if results else None,
@@ -156,7 +157,7 @@ def render(facts: CardFacts, config: ICAEConfig) -> str:
         base_model=base if on_hub else None,
         base_model_relation="adapter" if on_hub else None,
         datasets=datasets or None,
-        tags=TAGS,
+        tags=[*TAGS, *(tag for tag in facts.tags if tag not in TAGS)],
         eval_results=results or None,
     )
     card = ModelCard.from_template(
@@ -164,10 +165,11 @@ def render(facts: CardFacts, config: ICAEConfig) -> str:
         template_path=str(TEMPLATE),
         facts=facts,
         config=config,
-        code=[file.name for file in ICAEForConditionalGeneration._code_files()],
+        code=[file.name for file in ICAEForConditionalGeneration._code_files()] if with_code or facts.repo_id else [],
+        embedded_checkpoint=embedded and facts.name == CHECKPOINT.name,
         base_name=base_name,
         base_on_hub=on_hub,
-        base_code=EMBEDDED_BASE_CODE if config.base_model_fingerprint == EMBEDDED_BASE_FINGERPRINT else None,
+        base_code=EMBEDDED_BASE_CODE if embedded else None,
         base_link=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base_name}`",
         slots=config.max_slots_per_span,
         ratio=_ratio(config),

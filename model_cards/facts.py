@@ -7,7 +7,8 @@ its stages over. What is unknown is `None` or empty, and the card says so in wor
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+import re
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from transformers.utils import cached_file
 
 CARD_FACTS = "icae_card.json"
 INSTRUCTION_STAGE = "ICAE SFT"  # the name of its trainer
+# What the Hub takes in a card's metadata.
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual")
 
 
 @strict
@@ -130,12 +134,14 @@ class CardFacts:
     Args:
         name (`str`, *optional*):
             Name of the model. Default: the name of its repository or folder.
-        repo_id (`str`, *optional*), revision (`str`, *optional*):
-            Where it lies on the Hub, and the commit or tag that the quickstart pins.
+        repo_id (`str`, *optional*), branch (`str`, *optional*), revision (`str`, *optional*):
+            Where it lies on the Hub, if not in its main branch, and the commit or tag that the quickstart pins.
         license (`str`, *optional*):
             Licence of adapter and slots, as the Hub spells it (`"apache-2.0"`).
         language (`list[str]`, *optional*):
             Language codes (`"en"`).
+        tags (`list[str]`, *optional*):
+            Tags beside those of all ICAEs.
         origin (`str`, *optional*):
             Where the weights come from, if no stage made them.
         limits (`list[str]`, *optional*):
@@ -146,18 +152,35 @@ class CardFacts:
             Held-out text from its slots; the last row is this model.
         answers (`Evaluation`, *optional*):
             Answers from slots and from other things; the row `"icae"` is this model.
+
+    Raises:
+        `ValueError`: if licence or language are not written as on the Hub.
     """
 
     name: str | None = None
     repo_id: str | None = None
+    branch: str | None = None
     revision: str | None = None
     license: str | None = None
     language: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
     origin: str | None = None
     limits: list[str] = field(default_factory=list)
     stages: list[TrainingStage] = field(default_factory=list)
     reconstruction: Evaluation | None = None
     answers: Evaluation | None = None
+
+    def __post_init__(self):
+        if self.license is not None and not LICENSE.fullmatch(self.license):
+            raise ValueError(
+                f"Expected a licence as the Hub spells it, for example 'apache-2.0' or 'other', got {self.license!r}."
+            )
+        for language in self.language:
+            if not LANGUAGE.fullmatch(language):
+                raise ValueError(
+                    "Expected languages as codes, for example 'en', 'pt-BR', 'multilingual' or 'code', got "
+                    f"{language!r}."
+                )
 
     @classmethod
     def load(cls, folder: str | Path) -> "CardFacts":
@@ -200,6 +223,15 @@ class CardFacts:
         Path(folder, CARD_FACTS).write_text(
             json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
+
+    def at(self, repo_id: str, branch: str | None = None) -> "CardFacts":
+        """The facts of the same model at another place."""
+        revision = self.revision if repo_id == self.repo_id else None  # a commit is one repository's
+        return replace(self, repo_id=repo_id, branch=branch, revision=revision)
+
+    def named(self, folder: str | Path) -> "CardFacts":
+        """With a name, by default that of the repository or of the folder."""
+        return replace(self, name=self.name or Path(self.repo_id or Path(folder).resolve()).name)
 
     @property
     def answers_prompts(self) -> bool | None:

@@ -6,12 +6,14 @@ Texts from outside — contexts, prompts, responses — are tokenised so that th
 text: `<|im_end|>` in a context cannot close the user's turn. Only the template's own pieces hold control tokens.
 """
 
+import re
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 
 CONTEXT_MARK, CONTENT_MARK = "<<icae-context>>", "<<icae-content>>"
+NEUTRAL = ("\n", "0", ".")  # texts whose tokens seldom join with those of a text behind them
 
 
 def chat_pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], answer: bool = False) -> list[str]:
@@ -47,13 +49,35 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
     def encode(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
-    # Tokens that the template writes are not all special (Qwen's `</think>`): they are cut behind their first letter.
-    template, spelled = str(tokenizer.chat_template), {}
-    for control, token in tokenizer.added_tokens_decoder.items():
-        if not token.special and token.content.strip() and token.content in template:
-            first, rest = encode([token.content[:1], token.content[1:]])
-            spelled[control] = first + rest
-    return [[piece for token in ids for piece in spelled.get(token, [token])] for ids in encode(texts)]
+    # Tokens that the template writes are not all special (Qwen's `</think>`): texts are cut behind their first letter.
+    template = str(tokenizer.chat_template)
+    controls = {
+        control: token.content
+        for control, token in tokenizer.added_tokens_decoder.items()
+        if not token.special and len(token.content.strip()) > 1 and token.content in template
+    }
+    cut = "|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in controls.values())
+
+    def encode_cut(text: str) -> list[int]:
+        first, *others = re.split(cut, text)
+        rows = encode([first, *others])
+        for neutral in NEUTRAL:  # in front, because some tokenizers put a blank before whatever they are given
+            before, *behind = encode([neutral, *(neutral + other for other in others)])
+            if tokenizer.decode(before) == neutral and all(row[: len(before)] == before for row in behind):
+                rows[1:] = [row[len(before) :] for row in behind]
+                break
+        return [token for row in rows for token in row]
+
+    rows = encode(texts)
+    for index, text in enumerate(texts):
+        if controls.keys() & set(rows[index]):
+            rows[index] = [
+                piece
+                for token in encode_cut(text)
+                # What becomes one of them only in the tokenizer's normal form is still there.
+                for piece in (encode_cut(controls[token]) if token in controls else [token])
+            ]
+    return rows
 
 
 def encode_contexts(tokenizer: PreTrainedTokenizerBase, context: str | list[str]) -> list[list[int]]:

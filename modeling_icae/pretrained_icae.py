@@ -346,7 +346,7 @@ class ICAEPreTrainedModel(PreTrainedModel):
                 The repository, `"org/name"`, made if missing.
             kwargs:
                 As for any model of transformers: `private`, `create_pr`, `revision`, `token`, `commit_message`,
-                `commit_description`.
+                `commit_description`, `tags`.
 
         Returns:
             `CommitInfo`: the commit.
@@ -363,8 +363,10 @@ class ICAEPreTrainedModel(PreTrainedModel):
         self.tokenizer  # noqa: B018  # loaded, so that it is saved
         if __package__ == "icae.modeling_icae":  # not from a Hub repository, where `icae` may be missing
             return import_module("icae.hub_upload").push_model(self, repo_id, **kwargs)
-        described = {"commit_message": "Upload ICAE", "tags": ["icae", "context-compression", "custom_code"]}
-        return super().push_to_hub(repo_id, **(described | kwargs))
+        tags = kwargs.pop("tags", None) or []
+        kwargs["tags"] = ["icae", "context-compression", "custom_code", *([tags] if isinstance(tags, str) else tags)]
+        kwargs["commit_message"] = kwargs.get("commit_message") or "Upload ICAE"
+        return super().push_to_hub(repo_id, **kwargs)
 
     @staticmethod
     def _code_files() -> list[Path]:

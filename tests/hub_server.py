@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http
 
 from icae.hub_upload.layout import CODE
@@ -73,8 +73,9 @@ class HubServer(ThreadingHTTPServer):
     """
     Runs in a thread of its own: `with HubServer() as hub:`.
 
-    `cut_at = n` cuts the connection at the n-th request from then on (counted from 1) and at all that follow; with
-    `cut_late` that one request is still carried out, only its answer is lost.
+    `delay` is what each request takes, in seconds. `cut_at = n` cuts the connection at the n-th request from then on
+    (counted from 1) and at all that follow; with `cut_late` that one request is still carried out, only its answer is
+    lost.
     """
 
     daemon_threads = True
@@ -85,6 +86,7 @@ class HubServer(ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.delay = 0.0
         self.cut_at: int | None = None
         self.cut_late = False
         self.lock = threading.Lock()
@@ -110,7 +112,8 @@ class HubServer(ThreadingHTTPServer):
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr("transformers.utils.hub._hf_api", None)  # made when needed, with the endpoint of that moment
-        patch.setattr(_http, "time", SimpleNamespace(time=time.time, sleep=lambda seconds: None))  # retries at once
+        for module in (_http, file_download):  # retries at once
+            patch.setattr(module, "time", SimpleNamespace(time=time.time, sleep=lambda seconds: None))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -125,6 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
             if self.path != "/api/agent-harnesses":  # which clients ask for once a day
                 self.server.requests.append(f"{self.command} {self.path}")
             number, cut_at = len(self.server.requests), self.server.cut_at
+        time.sleep(self.server.delay)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         cut = cut_at is not None and number >= cut_at
         if not cut or (self.server.cut_late and number == cut_at):

@@ -3,6 +3,8 @@
 import copy
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from icae.modeling_icae.chat_icae import encode_plain
 from tiny import TEMPLATE
@@ -101,6 +103,29 @@ def test_tokens_of_the_template_that_are_not_special_are_text_in_a_text(with_tem
     # Where the template cannot write them, they are words like any other of the base.
     assert (control & set(ids) == set()) == in_template
     assert model.encode_responses([hostile])[0][:-1] == ids
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_tokenizers_that_put_a_blank_before_a_text_put_none_into_it(scheme):
+    characters = [chr(code) for code in range(33, 127)] + ["\n", "▁", "th", "▁<"]
+    backend = Tokenizer(models.BPE({token: id for id, token in enumerate(characters)}, [("t", "h"), ("▁", "<")]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template="<think></think>")
+    tokenizer.add_tokens(["<think>", "</think>"])
+    control = set(tokenizer.convert_tokens_to_ids(["<think>", "</think>"]))
+    texts = ["ab</think>cd", "</think>", "a <think>b</think> c</think></think>d", "<think></think>", "a<b", "</thin>"]
+    for text, ids in zip(texts, encode_plain(tokenizer, texts), strict=True):
+        assert tokenizer.decode(ids) == text and not control & set(ids)
+
+
+def test_what_only_the_normal_form_makes_a_token_of_the_template_controls_nothing(tokenizer):
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.normalizer = normalizers.Lowercase()
+    lower = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template="</think>")
+    lower.add_tokens(["</think>"])
+    (ids,) = encode_plain(lower, ["a</THINK>b"])
+    assert lower.decode(ids) == "a</think>b" and lower.convert_tokens_to_ids("</think>") not in ids
 
 
 def test_a_conversation_that_starts_with_another_role_is_refused(with_template):

@@ -1,6 +1,7 @@
 import functools
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy
@@ -13,6 +14,7 @@ from hub_server import BASE, LAYOUT, contents, sha256
 from icae import ICAEForConditionalGeneration
 from icae.cli import main
 from icae.hub_upload import assemble, check, check_base_id, check_training_state, training_state, verify
+from icae.hub_upload.checks import _check_sizes
 from icae.hub_upload.layout import CODE
 from icae.model_cards import CardFacts, model_card, write_card
 from tiny import make_base
@@ -205,10 +207,16 @@ REFUSALS = {
         lambda folder: change_config(folder, sources=[{"name": "C:\\data\\x"}]),
         r"got 'C:\\\\data\\\\x' in 'config.json'",
     ),
+    "path in a command": (
+        lambda folder: change_config(folder, command="train --data=/nfs/me/books --out 'runs/7'"),
+        "got '/nfs/me/books' in 'config.json'",
+    ),
+    "home in a command": (lambda folder: change_config(folder, command="cat ~/a/b"), "got '~/a/b' in 'config.json'"),
     "path in the card": (
         append("README.md", "\nTrained on /data/books/a.txt."),
         "got '/data/books/a.txt.' in 'README",
     ),
+    "path of a cluster in the card": (append("README.md", "\nFrom `/scratch1/me`."), "got '/scratch1/me' in 'README"),
     "token in the card": (
         append("README.md", f"\nexport HF_TOKEN={TOKEN}\n"),
         "Expected no secrets, got what looks like a Hugging Face token in 'README.md' .hf_a1B2c….; remove it there",
@@ -247,41 +255,88 @@ def test_what_must_not_leave_is_refused(folder, change, message):
 
 
 def test_nothing_is_taken_for_a_path_or_a_secret_that_is_none(folder):
-    change_config(folder, note="keys/values, 4/1", template="</s>", url="https://example.org/data/x", ratio="1/2")
+    pattern = r"[^\r\n\p{L}]?[\p{Lu}]+| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|/x/"
+    change_config(folder, note="keys/values, 4/1", template="</s> /no_think", url="https://example.org/data/x")
+    change_config(folder, ratio="1/2", about="~5/10 of a / b, see ./a/b", pattern=pattern)
     append(
         "README.md", "\nSee https://huggingface.co/org/data/tree/main and `results/answers.json`; sk-learn, hf_hub."
     )(folder)
     check(folder)
 
 
-def test_a_state_to_resume_from_leaves_the_arguments_and_this_machine_s_folders_behind(tmp_path):
-    torch.save({"state": {0: {"step": torch.ones(1)}}}, tmp_path / "optimizer.pt")
-    torch.save({"python": (3, (1, 2), None), "numpy": numpy.random.get_state()}, tmp_path / "rng_state.pth")
-    save_file({"x": torch.ones(1)}, tmp_path / "weights.safetensors")
-    (tmp_path / "training_args.bin").write_bytes(b"a token")
-    (tmp_path / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": str(tmp_path / "checkpoint-2")}))
-    state = training_state(tmp_path)
-    check_training_state(state)
-    assert state.pop("trainer_state.json") == b'{\n  "best_model_checkpoint": "checkpoint-2"\n}'
-    assert state == {name: tmp_path / name for name in ("optimizer.pt", "rng_state.pth", "weights.safetensors")}
+def test_tokenizers_of_all_kinds_may_leave(folder):
+    for name in ("spm.model", "source.spm", "target.spm", "tekken.json", "qwen.tiktoken"):
+        (folder / name).write_text("{}")
+    check(folder)
+
+
+def test_weights_beside_a_base_in_float64_may_take_twice_the_bytes(model, folder, monkeypatch):
+    monkeypatch.setattr("icae.hub_upload.checks.HEADER_BYTES", 600)
+    weights, config = {"icae_slots.safetensors": folder / "icae_slots.safetensors"}, model.config
+    slots = {
+        name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in load_file(*weights.values()).items()
+    }
+    save_file(slots, folder / "icae_slots.safetensors")
+    with pytest.raises(ValueError, match=r"Expected 'icae_slots\.safetensors' to take at most"):
+        _check_sizes(weights, config)
+    config.text_config.dtype = torch.float64
+    _check_sizes(weights, config)
+
+
+@pytest.fixture
+def resumable(checkpoint):
+    """A trainer's checkpoint with what it resumes from, and with more."""
+    torch.save({"state": {0: {"step": torch.ones(1)}}}, checkpoint / "optimizer.pt")
+    torch.save({"python": (3, (1, 2), None), "numpy": numpy.random.get_state()}, checkpoint / "rng_state_0.pth")
+    state = {"best_model_checkpoint": str(checkpoint.parent / "checkpoint-2"), "log": "x" * 1_000_001}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    for name in ("pytorch_model_fsdp.bin", "pytorch_model_fsdp_0/.metadata", "optimizer_0/__0_0.distcp"):
+        (checkpoint / name).parent.mkdir(exist_ok=True)
+        (checkpoint / name).write_text("all of the base")
+    (checkpoint / "scheduler.pt").symlink_to(checkpoint / "notes.txt")
+    return checkpoint
+
+
+def test_a_state_to_resume_from_leaves_the_arguments_the_base_and_this_machine_s_folders_behind(resumable, tmp_path):
+    training_state(resumable, tmp_path / "state")
+    check_training_state(tmp_path / "state")
+    expected = LAYOUT - {"README.md", "icae_card.json", *CODE}
+    assert files(tmp_path / "state") == expected | {"optimizer.pt", "rng_state_0.pth", "trainer_state.json"}
+    for name in expected | {"optimizer.pt"}:
+        assert (tmp_path / "state" / name).read_bytes() == (resumable / name).read_bytes()
+    assert (
+        json.loads((tmp_path / "state" / "trainer_state.json").read_text())["best_model_checkpoint"] == "checkpoint-2"
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("optimizer.pt", functools.partial(print, "run"), "Expected only tensors and random states in 'optimizer.pt'"),
-        ("trainer_state.json", {"best_model_checkpoint": None, "x": "/home/me"}, "Expected no paths of this machine"),
-        ("notes.txt", "hf_" + 32 * "x", "Expected no secrets"),
+        ("optimizer.pt", b"", "Expected only tensors and random states in 'optimizer.pt', got a damaged file"),
+        (
+            "optimizer.pt",
+            b"PK\x03\x04",
+            "Expected only tensors and random states in 'optimizer.pt', got a damaged file",
+        ),
+        ("optimizer.bin", {"base": torch.zeros(3_000_000)}, "Expected 'optimizer.bin' to take at most .*bytes"),
+        ("rng_state.pth", {"base": torch.zeros(300_000)}, "Expected 'rng_state.pth' to take at most 1,000,000 bytes"),
+        (
+            "trainer_state.json",
+            b'{"best_model_checkpoint": null, "x": "/home/me"}',
+            "Expected no paths of this machine",
+        ),
+        ("chat_template.jinja", b"hf_" + 32 * b"x", "Expected no secrets"),
     ],
 )
-def test_a_state_to_resume_from_that_must_not_leave_is_refused(tmp_path, name, content, message):
-    (tmp_path / "trainer_state.json").write_text('{"best_model_checkpoint": null}')
-    if name.endswith(".pt"):
-        torch.save(content, tmp_path / name)
+def test_a_state_to_resume_from_that_must_not_leave_is_refused(resumable, tmp_path, name, content, message):
+    if isinstance(content, bytes):
+        (resumable / name).write_bytes(content)
     else:
-        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+        torch.save(content, resumable / name)
+    training_state(resumable, tmp_path / "state")
     with pytest.raises(ValueError, match=message):
-        check_training_state(training_state(tmp_path))
+        check_training_state(tmp_path / "state")
 
 
 def test_a_folder_of_the_same_name_is_not_the_hub_s_base(model, tmp_path, monkeypatch):
@@ -317,10 +372,63 @@ def test_code_that_computes_something_else_is_refused(model, folder):
         verify(folder, model)
 
 
+def test_another_token_of_a_task_is_refused(model, folder):
+    with torch.no_grad():
+        model.task_embeddings[1] += 5  # [LM]; the slots do not depend on it
+    with pytest.raises(
+        ValueError, match="Expected the same continuation losses from the folder as from the live model"
+    ):
+        verify(folder, model)
+
+
+def test_code_that_answers_otherwise_is_refused(model, folder):
+    code = (folder / "modeling_icae.py").read_text()
+    changed = code.replace(
+        "with self.adapter(False):\n            output =", "with self.adapter(True):\n            output ="
+    )
+    assert changed != code
+    (folder / "modeling_icae.py").write_text(changed)
+    with pytest.raises(
+        ValueError, match="Expected the same scores from the folder as from the live model, got others"
+    ):
+        verify(folder, model)
+
+
 def test_a_folder_that_is_the_live_model_is_verified_and_leaves_it_as_it_was(model, folder):
+    """Also in training with `bf16=True`, when accelerate has put autocast around `forward`."""
     model.train()
-    verify(folder, model)
+    patched = model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        verify(folder, model)
     assert model.training and any(parameter.requires_grad for parameter in model.parameters())
+    assert model.__dict__["forward"] is patched
+
+
+def test_packages_are_found_where_this_process_finds_them(model, folder, tmp_path, monkeypatch):
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "only_here.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path / "path")
+    append("memory_icae.py", "\nimport only_here\n")(folder)
+    verify(folder, model)
+
+
+def test_a_process_that_does_not_end_is_refused_and_leaves_the_model_as_it_was(model, folder, monkeypatch):
+    commands = []
+
+    def run(command, timeout, **options):
+        commands.append(command)
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    model.train()._hub_kwargs = {"cache_dir": "cache", "token": "hf_tester"}
+    with pytest.raises(ValueError, match="Expected the folder to load in a fresh process within 1800 seconds, got no"):
+        verify(folder, model)
+    assert json.loads(commands[0][4])["cache_dir"] == str(Path("cache").absolute()), "where the base may lie"
+    assert "hf_tester" not in "".join(commands[0])
+    monkeypatch.setattr("icae.hub_upload.alone.PROMPT", None)
+    with pytest.raises(ValueError, match="Expected a `prompt`"):
+        verify(folder, model)
+    assert model.training
 
 
 # ------------------------------------------------------------------------------------------------------ icae push

@@ -1,20 +1,23 @@
 """All ways onto the Hub end in the same repository, against a Hub on this machine."""
 
 import functools
+import json
 import shutil
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM
 
 from hub_server import BASE, LAYOUT, HubServer, Repository, contents
 from icae import ICAEForConditionalGeneration
 from icae.cli import main
-from icae.hub_upload import assemble, upload
+from icae.hub_upload import assemble, training_state, upload
 from icae.hub_upload.layout import WEIGHTS
 from icae.model_cards import CardFacts
 from icae.trainers import ICAEPretrainingConfig, ICAEPretrainingTrainer
@@ -23,6 +26,7 @@ from tiny import SHORT_RUN, make_base
 
 UPLOAD = import_module("icae.hub_upload.upload")  # the module, not the function
 REPO = "org/icae-tiny"
+TRAINER = "icae.trainers.icae_trainer"
 DOCUMENTS = Dataset.from_dict({"text": ["The lighthouse keeper had not spoken to anyone since October."] * 12})
 
 
@@ -44,8 +48,16 @@ def verified(monkeypatch, hub):
         requests_before.append(len(hub.requests))
 
     monkeypatch.setattr(UPLOAD, "verify", verify)
-    monkeypatch.setattr("icae.trainers.icae_trainer.verify", verify)
+    monkeypatch.setattr(f"{TRAINER}.verify", verify)
     return requests_before
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """What the trainer warns of."""
+    texts: list[str] = []
+    monkeypatch.setattr(f"{TRAINER}.logger.warning", texts.append)
+    return texts
 
 
 @pytest.fixture
@@ -65,7 +77,8 @@ def make_model(make_icae, base_folder):
 def make_trainer(make_model, tmp_path):
     def make(folder="run", **options):
         options = {"output_dir": str(tmp_path / folder), "per_device_train_batch_size": 4, "max_steps": 3} | options
-        return ICAEPretrainingTrainer(make_model(), ICAEPretrainingConfig(**(SHORT_RUN | options)), DOCUMENTS)
+        args = ICAEPretrainingConfig(**(SHORT_RUN | options))
+        return ICAEPretrainingTrainer(make_model(), args, DOCUMENTS, eval_dataset=DOCUMENTS)
 
     return make
 
@@ -125,6 +138,38 @@ def test_a_trainer_uploads_the_same_layout_in_one_commit(hub, verified, make_tra
         assert found[name] == (tmp_path / "live" / name).read_bytes()
 
 
+def test_a_trainer_takes_what_scripts_say_for_the_card(hub, verified, make_trainer):
+    trainer = make_trainer(max_steps=1, hub_model_id=REPO)
+    trainer.train()
+    options = {"license": "mit", "language": "en", "tags": "tiny", "model_name": "Tiny"}
+    trainer.push_to_hub(None, dataset_name="org/letters", **options)
+    repository = hub.repositories[REPO]
+    card = repository.files()["README.md"].decode()
+    metadata = yaml.safe_load(card.split("---\n")[1])
+    assert repository.messages[-1] == "End of training" and "# Tiny\n" in card
+    assert (metadata["license"], metadata["language"], metadata["datasets"]) == ("mit", ["en"], ["org/letters"])
+    assert metadata["tags"] == ["icae", "context-compression", "custom_code", "tiny"]
+    requests = len(hub.requests)
+    with pytest.raises(TypeError, match="dataset_tags"):
+        trainer.push_to_hub(dataset_tags="letters")
+    with pytest.raises(ValueError, match="Expected languages as codes"):
+        trainer.push_to_hub(language="English")
+    assert len(hub.requests) == requests
+
+
+def test_a_model_takes_tags_for_the_card(hub, verified, make_model):
+    make_model().push_to_hub(REPO, tags=["tiny"], commit_message=None)
+    repository = hub.repositories[REPO]
+    assert repository.messages[-1] == "Upload ICAE"
+    assert yaml.safe_load(repository.files()["README.md"].decode().split("---\n")[1])["tags"][-1] == "tiny"
+
+
+def test_an_option_that_no_upload_has_is_refused_first(hub, verified, make_model):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_shard_size'"):
+        make_model().push_to_hub(REPO, max_shard_size="5GB")
+    assert verified == [] and hub.requests == []
+
+
 def test_saving_a_trainer_s_model_pushes_it(hub, verified, make_trainer):
     trainer = make_trainer(push_to_hub=True, hub_model_id=REPO, hub_strategy="end", hub_private_repo=True)
     trainer.save_model()
@@ -138,6 +183,7 @@ def test_a_trainer_without_the_option_pushes_when_it_is_told_to(hub, verified, m
     assert job.result().commit_message == "First"
     repository = hub.repositories["tester/icae-run"]
     assert repository.private and set(published(repository.files("try"))) == LAYOUT
+    assert b'model_info(repo, revision="try").sha' in repository.files("try")["README.md"]
     assert published(repository.files()) == {}
 
 
@@ -160,28 +206,60 @@ def test_every_push_of_a_checkpoint_is_the_whole_layout(hub, verified, make_trai
         for name, number in states[strategy]:
             kept = contents(tmp_path / "run" / f"checkpoint-{number}")
             del kept["training_args.bin"]  # holds the token
-            assert {f"{name}/{file}": content for file, content in kept.items()}.items() <= files.items()
             expected |= {f"{name}/{file}" for file in kept}
+            del kept["icae_card.json"]  # written again after the push, with the time that it took
+            assert {f"{name}/{file}": content for file, content in kept.items()}.items() <= files.items()
         assert set(published(files)) == expected
         assert b"hf_tester" not in b"".join(files.values())
     assert len(verified) == 3
 
 
-@pytest.mark.parametrize("refused_by", ["verify", "check", "check_training_state"])
+@pytest.mark.parametrize(("refused_by", "error"), [("verify", ValueError), ("check", OSError), ("assemble", KeyError)])
 def test_training_goes_on_when_a_checkpoint_is_refused_and_nothing_of_it_is_sent(
-    hub, verified, make_trainer, monkeypatch, refused_by
+    hub, verified, make_trainer, monkeypatch, warnings, refused_by, error
 ):
     def refuse(*args, **kwargs):
-        raise ValueError("not this one")
+        raise error("not this one")
 
-    warnings = []
-    monkeypatch.setattr(f"icae.trainers.icae_trainer.{refused_by}", refuse)
-    monkeypatch.setattr("icae.trainers.icae_trainer.logger.warning", warnings.append)
+    monkeypatch.setattr(f"{TRAINER}.{refused_by}", refuse)
     trainer = make_trainer(push_to_hub=True, hub_model_id=REPO, hub_strategy="checkpoint", save_steps=2)
     trainer.train()
     assert trainer.state.global_step == 3 and len(warnings) == 2
-    assert all(text.endswith("is only in `output_dir`: not this one") for text in warnings)
+    assert all("the checkpoint is only in `output_dir`: " in text and "not this one" in text for text in warnings)
     assert hub.repositories[REPO].messages == ["initial commit"]
+
+
+def test_a_model_goes_without_a_state_to_resume_from_that_is_refused(
+    hub, verified, make_trainer, monkeypatch, warnings
+):
+    def refuse(folder):
+        raise ValueError("not this one")
+
+    monkeypatch.setattr(f"{TRAINER}.check_training_state", refuse)
+    make_trainer(push_to_hub=True, hub_model_id=REPO, hub_strategy="checkpoint").train()
+    assert warnings == ["A push to the Hub failed, the state to resume from is only in `output_dir`: not this one"]
+    assert set(published(hub.repositories[REPO].files())) == LAYOUT
+
+
+def test_only_the_first_process_pushes_and_the_others_train_on(hub, verified, make_trainer, monkeypatch):
+    monkeypatch.setattr(ICAEPretrainingTrainer, "is_world_process_zero", lambda trainer: False)
+    trainer = make_trainer(push_to_hub=True, hub_model_id=REPO, save_steps=1)
+    trainer.train()
+    assert trainer.push_to_hub() is None
+    assert trainer.state.global_step == 3 and hub.repositories == {} and verified == []
+
+
+def test_checkpoints_that_are_deleted_meanwhile_are_sent_whole(hub, verified, make_trainer, tmp_path, warnings):
+    options = {"push_to_hub": True, "hub_model_id": REPO, "hub_strategy": "checkpoint", "hub_always_push": True}
+    trainer = make_trainer(save_steps=1, save_total_limit=1, **options)
+    hub.delay = 0.1
+    trainer.train()
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"] and warnings == []
+    versions = list(hub.repositories[REPO].commits.values())[1:]
+    for step, files in zip((1, 2, 3), versions, strict=True):
+        assert set(published(files)) == set(published(versions[-1])) > LAYOUT
+        assert json.loads(files["last-checkpoint/trainer_state.json"])["global_step"] == step
+        assert files["last-checkpoint/icae_slots.safetensors"] == files["icae_slots.safetensors"]
 
 
 def test_a_push_before_training_says_what_is_known(hub, verified, checkpoint, base_folder, tmp_path):
@@ -206,9 +284,35 @@ def test_a_run_goes_on_exactly_from_a_pushed_checkpoint(hub, verified, make_trai
         assert torch.equal(weight, unbroken.model.trainable_parameters()[name]), name
 
 
-def test_training_goes_on_when_a_push_of_a_checkpoint_fails(hub, verified, make_trainer, monkeypatch):
-    warnings = []
-    monkeypatch.setattr("icae.trainers.icae_trainer.logger.warning", warnings.append)
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_run_goes_on_from_a_pushed_checkpoint_with_the_best_one_if_it_is_there(
+    hub, make_trainer, tmp_path, warnings, kept
+):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+    options |= {"metric_for_best_model": "ae_accuracy", "greater_is_better": True, "eval_reconstructions": 0}
+    first = make_trainer(max_steps=2, **options)
+    first.train()
+    best = Path(first.state.best_model_checkpoint)
+    training_state(tmp_path / "run" / "checkpoint-2", tmp_path / "downloaded")
+    described = json.loads((tmp_path / "downloaded" / "trainer_state.json").read_text())
+    assert described["best_model_checkpoint"] == best.name
+    # A best that nothing later can reach.
+    described["best_metric"] = 2.0
+    (tmp_path / "downloaded" / "trainer_state.json").write_text(json.dumps(described))
+    if not kept:
+        shutil.rmtree(best)
+    resumed = make_trainer(max_steps=3, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "downloaded"))
+    if kept:
+        assert resumed.state.best_model_checkpoint == str(best) and warnings == []
+    else:
+        assert resumed.state.best_model_checkpoint == str(tmp_path / "run" / "checkpoint-3")
+        assert warnings == [
+            f"The best checkpoint so far, {best.name!r}, is not in `output_dir`; the best is looked for again."
+        ]
+
+
+def test_training_goes_on_when_a_push_of_a_checkpoint_fails(hub, verified, make_trainer, warnings):
     options = {"push_to_hub": True, "hub_model_id": REPO, "hub_always_push": True, "save_steps": 1}
     trainer = make_trainer(**options)
     hub.cut_at = len(hub.requests) + 1
@@ -224,6 +328,23 @@ def test_a_run_on_a_local_base_is_refused_before_it_starts(hub, make_icae, base_
     with pytest.raises(ValueError, match="Expected `base_model_name_or_path` to be the Hub id of the base"):
         ICAEPretrainingTrainer(model, args, DOCUMENTS)
     assert hub.repositories == {}
+
+
+def test_a_trainer_sends_nothing_to_a_public_repository_that_should_be_private(hub, verified, make_trainer, warnings):
+    hub.put(REPO, {"notes.md": b"public"})
+    message = f"Expected a private repository, got '{REPO}', which is there and public"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(push_to_hub=True, hub_model_id=REPO, hub_private_repo=True)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(hub_model_id=REPO).push_to_hub(private=True)
+    hub.repositories[REPO].private = True
+    trainer = make_trainer(push_to_hub=True, hub_model_id=REPO, hub_private_repo=True)
+    hub.repositories[REPO].private = False  # made public meanwhile
+    trainer.train()
+    assert len(warnings) == 1 and message in warnings[0]
+    with pytest.raises(ValueError, match=message):
+        trainer.push_to_hub()
+    assert published(hub.repositories[REPO].files()) == {"notes.md": b"public"}
 
 
 @pytest.mark.parametrize("way", ["command", "model"])
@@ -296,12 +417,14 @@ def test_a_pull_request_for_a_branch_that_is_missing_makes_none(hub, folder):
     assert set(hub.repositories[REPO].refs) == {"main"}
 
 
-def test_a_branch_is_made_and_the_main_branch_left_alone(hub, verified, checkpoint, base_folder, folder):
+def test_a_branch_is_made_and_the_main_branch_left_alone(hub, verified, checkpoint, base_folder, tmp_path):
+    assemble(checkpoint, tmp_path / "folder", repo_id=REPO, branch="v2")
     for _ in range(2):  # there the second time
         assert main(["push", str(checkpoint), REPO, "--base", base_folder, "--revision", "v2"]) == 0
     repository = hub.repositories[REPO]
     assert published(repository.files()) == {}
-    assert published(repository.files("v2")) == contents(folder)
+    assert published(repository.files("v2")) == contents(tmp_path / "folder")
+    assert b'model_info(repo, revision="v2").sha' in repository.files("v2")["README.md"]
 
 
 def test_an_upload_that_fails_is_told_in_words(hub, verified, checkpoint, base_folder, capsys):
@@ -340,6 +463,7 @@ STALE = [
     "trainer_state.json",
     "vocab.json",
     "special_tokens_map.json",
+    "spm.model",
 ]
 OWN = [
     "notes.md",
@@ -349,6 +473,7 @@ OWN = [
     "train_icae.py",
     "onnx/model.bin",
     "word2vec.model",
+    "words.tiktoken",
 ]
 
 
@@ -360,14 +485,29 @@ def test_what_other_layouts_left_is_deleted_and_the_user_s_own_files_stay(hub, f
     assert repository.messages[-2:] == ["by hand", "Upload ICAE"], "in the same commit"
 
 
+@pytest.mark.parametrize("options", [{}, {"revision": "v2"}, {"create_pr": True}], ids=["main", "branch", "pr"])
+def test_another_kind_of_model_is_not_replaced(hub, folder, make_trainer, options):
+    llama = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights"}
+    hub.put(REPO, llama)
+    message = f"Expected '{REPO}' to hold an ICAE or no model, got one of the type 'llama', .* push to another"
+    with pytest.raises(ValueError, match=message):
+        upload(folder, REPO, **options)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(push_to_hub=True, hub_model_id=REPO)
+    repository = hub.repositories[REPO]
+    assert set(repository.refs) == {"main"} and published(repository.files()) == llama
+
+
 def test_of_a_checkpoint_to_resume_from_nothing_older_is_left(hub, folder, tmp_path):
     old = ["last-checkpoint/global_step1/optimizer.pt", "last-checkpoint/old.txt", "last-checkpoints/mine.txt"]
     hub.put(REPO, dict.fromkeys(old, b"old"))
-    (tmp_path / "new").write_bytes(b"new")
-    state = {"global_step2/optimizer.pt": tmp_path / "new", "trainer_state.json": b"{}"}
-    upload(folder, REPO, subfolders={"last-checkpoint": state})
+    (tmp_path / "state" / "adapter").mkdir(parents=True)
+    for name in ("adapter/adapter_config.json", "trainer_state.json"):
+        (tmp_path / "state" / name).write_bytes(b"new")
+    upload(folder, REPO, subfolders={"last-checkpoint": tmp_path / "state"})
     left = set(published(hub.repositories[REPO].files())) - LAYOUT
-    assert left == {*(f"last-checkpoint/{name}" for name in state), "last-checkpoints/mine.txt"}
+    state = {f"last-checkpoint/{name}" for name in ("adapter/adapter_config.json", "trainer_state.json")}
+    assert left == state | {"last-checkpoints/mine.txt"}
 
 
 def test_a_repeated_push_changes_nothing_and_one_of_another_model_only_what_differs(hub, folder):
@@ -401,8 +541,9 @@ def test_a_commit_of_somebody_else_in_between_is_not_overwritten(hub, folder, mo
 def test_an_upload_cut_at_any_request_leaves_the_old_version_or_the_new_one(hub, folder, tmp_path, options, cut_late):
     old = contents(folder) | dict.fromkeys(STALE, b"old") | dict.fromkeys(OWN, b"mine")
     shutil.copytree(folder, tmp_path / "new")
-    for name in (*WEIGHTS, "modeling_icae.py", "config.json"):
+    for name in (*WEIGHTS, "modeling_icae.py"):
         (tmp_path / "new" / name).write_bytes(b"new " + name.encode())
+    (tmp_path / "new" / "config.json").write_bytes(b'{"model_type": "icae", "new": true}')
     new = contents(tmp_path / "new") | dict.fromkeys(OWN, b"mine")
 
     def start_again():
@@ -420,7 +561,7 @@ def test_an_upload_cut_at_any_request_leaves_the_old_version_or_the_new_one(hub,
     for request in range(1, number + 1):
         start_again()
         hub.cut_at, hub.cut_late = request, cut_late
-        with pytest.raises((HTTPError, RuntimeError)):
+        with pytest.raises((HTTPError, LocalEntryNotFoundError, RuntimeError)):
             upload(tmp_path / "new", REPO, **options)
         refs = {ref: published(hub.repositories[REPO].files(ref)) for ref in hub.repositories[REPO].refs}
         assert all(files in (old, new) for files in refs.values()), request

@@ -10,7 +10,7 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from icae import ICAEConfig, ICAEForConditionalGeneration
+from icae import EMBEDDED_CHECKPOINT, ICAEConfig, ICAEForConditionalGeneration
 from icae.cli import main
 from icae.embedded import EMBEDDED_BASE_CODE, EMBEDDED_BASE_FINGERPRINT
 from icae.model_cards import CARD_FACTS, CardFacts, DataSource, Evaluation, TrainingStage, model_card
@@ -231,6 +231,42 @@ def test_the_quickstart_of_an_unpinned_repository_asks_for_its_commit(config):
     compile(code, "card", "exec")
 
 
+def test_the_quickstart_of_a_branch_asks_for_the_branch_s_commit(config):
+    code = snippet(render(replace(FACTS, revision=None, branch="v2"), config))
+    assert 'revision = model_info(repo, revision="v2").sha' in code
+    compile(code, "card", "exec")
+
+
+def test_the_quickstart_of_a_folder_without_code_takes_the_package_and_runs(saved, tmp_path, monkeypatch):
+    ICAEForConditionalGeneration.from_pretrained(saved).save_pretrained("plain", with_code=False)
+    monkeypatch.chdir("plain")  # from where "org/tiny-llama" is no folder
+    card = model_card(".")
+    with_repository = model_card(".", repo_id="org/x")
+    monkeypatch.chdir(tmp_path)
+    assert "from icae import ICAEForConditionalGeneration\n" in card and "trust_remote_code=True)" not in card
+    assert "This folder holds no code" in card and "chat_icae.py" not in card
+    names: dict = {}
+    exec(snippet(card), names)
+    assert len(names["answer"]) == 1
+    assert "trust_remote_code=True)" in with_repository, "`icae push` puts the code there"
+
+
+@pytest.mark.skipif(EMBEDDED_CHECKPOINT is None, reason="an installed wheel carries no checkpoint")
+def test_the_quickstart_of_the_embedded_checkpoint_names_it_and_its_base(config):
+    code = snippet(model_card(EMBEDDED_CHECKPOINT))
+    assert "from icae import EMBEDDED_CHECKPOINT, ICAEForConditionalGeneration, embedded_base\n" in code
+    assert "folder = EMBEDDED_CHECKPOINT" in code and "(folder, base_model=embedded_base())" in code
+    config.base_model_fingerprint = EMBEDDED_BASE_FINGERPRINT
+    code = snippet(render(CardFacts(name="mine"), config, with_code=False))
+    assert "EMBEDDED_CHECKPOINT" not in code and 'folder = "mine"' in code and "base_model=embedded_base())" in code
+
+
+def test_a_name_that_was_given_stands_above_that_of_the_repository(saved):
+    assert "# icae-tiny\n" in model_card(saved) and "# other\n" in model_card(saved, repo_id="me/other")
+    CardFacts(name="Mine").save(saved)
+    assert "# Mine\n" in model_card(saved, repo_id="me/other")
+
+
 def test_a_card_of_a_folder_without_facts_takes_what_its_files_say(saved):
     card = model_card(saved)
     assert "# icae-tiny" in card and "transformers 5." in card
@@ -252,6 +288,20 @@ def test_damaged_facts_are_refused_with_the_file_s_name(content, tmp_path):
     (tmp_path / CARD_FACTS).write_text(content)
     with pytest.raises(ValueError, match=r"Expected facts for a model card in .*icae_card\.json"):
         CardFacts.load(tmp_path)
+
+
+@pytest.mark.parametrize("license", ["Apache License 2.0", "MIT", ""])
+def test_a_licence_that_the_hub_does_not_take_is_refused(license):
+    with pytest.raises(ValueError, match=f"Expected a licence as the Hub spells it, .* got '{license}'"):
+        CardFacts(license=license)
+    assert CardFacts(license="cc-by-nc-sa-4.0").license and CardFacts(license="openrail++").license
+
+
+@pytest.mark.parametrize("language", ["English", "en_US", "e"])
+def test_a_language_that_the_hub_does_not_take_is_refused(language):
+    with pytest.raises(ValueError, match=f"Expected languages as codes, .* got '{language}'"):
+        CardFacts(language=["en", language])
+    assert CardFacts(language=["en", "pt-BR", "zh-Hant", "yue", "multilingual", "code"]).language
 
 
 def test_a_folder_without_an_icae_is_refused(tmp_path):
@@ -333,6 +383,19 @@ def test_a_resumed_run_is_one_stage_with_the_time_of_both_parts(make_icae, tmp_p
     (checkpoint / CARD_FACTS).unlink()  # as of a run by an older version
     pretrain(make_icae(), tmp_path / "run").train(resume_from_checkpoint=str(checkpoint))
     assert CardFacts.load(tmp_path / "run").stages[0].seconds is None
+
+
+def test_what_is_set_after_training_is_stated_and_what_cannot_be_stated_ends_a_run_at_its_start(make_icae, tmp_path):
+    trainer = pretrain(make_icae(), tmp_path, max_steps=1)
+    trainer.card.license = "Apache License"
+    with pytest.raises(ValueError, match="Expected a licence as the Hub spells it"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    trainer.card.license = None
+    trainer.train()
+    trainer.card.license, trainer.card.tags, trainer.card.data = "mit", ["letters"], [DataSource("Letters")]
+    facts = trainer.card.facts()
+    assert (facts.license, facts.tags, facts.stages[0].data) == ("mit", ["letters"], [DataSource("Letters")])
 
 
 def test_the_best_checkpoint_s_facts_are_those_of_the_model_at_the_end(make_icae, tmp_path):

@@ -1,9 +1,9 @@
 """What both training stages share: an ICAE inside TRL's trainer."""
 
+import os
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,15 @@ from icae.hub_upload import (
     check,
     check_base_id,
     check_training_state,
+    repository,
     training_state,
     upload,
     verify,
 )
-from icae.model_cards import write_card
+from icae.model_cards import DataSource, write_card
 from icae.model_cards.callback import CardCallback
 from icae.model_cards.card import PAPER, TAGS
+from icae.model_cards.facts import is_hub_id
 from icae.modeling_icae import ICAEForConditionalGeneration, ICAEOutput
 
 
@@ -57,12 +59,16 @@ class ICAETrainer(SFTTrainer):
             As in `transformers.Trainer`.
 
     `trainer.card` ([`CardCallback`]) keeps what the model card states; licence, language and data can be set there.
+
+    With `push_to_hub=True`, each checkpoint that is pushed is first loaded by another process, as
+    [`~icae.hub_upload.verify`] says: training waits for that, and the base is in memory once more, on the CPU. Under
+    FSDP and DeepSpeed, where one process alone cannot run the model, pushes are checked but not verified.
     """
 
     _tag_names = TAGS
     _paper = PAPER
     model: ICAEForConditionalGeneration
-    push_in_progress: PushInProgress | None
+    push_in_progress: PushInProgress | None = None
     _collator: Callable[[], Any]
 
     def __init__(
@@ -97,7 +103,7 @@ class ICAETrainer(SFTTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=model.tokenizer,
-            callbacks=[*(callbacks or []), _GradientNorms(self), self.card],
+            callbacks=[*(callbacks or []), _GradientNorms(self), _BestCheckpoint(), self.card],
             optimizers=optimizers,
         )
         # SFTTrainer replaces `forward` by one that knows only plain language models; the class's own comes back.
@@ -177,14 +183,20 @@ class ICAETrainer(SFTTrainer):
     # ------------------------------------------------------------------------------------------------------- the Hub
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        check_base_id(self.model.config)  # now, not after hours of training
-        if private is not None:
-            self.args.hub_private_repo = private  # transformers 5.19 has no argument for it
-        super().init_hf_repo(token=token)
+        """Makes the repository, and refuses now, not after hours of training, what no push would be let through to."""
+        check_base_id(self.model.config)
+        if self.is_world_process_zero():
+            _, info = repository(
+                self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
+                private=self.args.hub_private_repo if private is None else private,
+                revision=self.args.hub_revision,
+                token=token or self.args.hub_token,
+            )
+            self.hub_model_id = info.id
 
     def push_to_hub(
         self,
-        commit_message: str = "End of training",
+        commit_message: str | None = "End of training",
         blocking: bool = True,
         token: str | None = None,
         revision: str | None = None,
@@ -193,6 +205,11 @@ class ICAETrainer(SFTTrainer):
         create_pr: bool = False,
         commit_description: str | None = None,
         base: str | None = None,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        license: str | None = None,
+        language: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
     ) -> CommitInfo | Future | None:
         """
         Saves the model to `args.output_dir` and pushes it as `icae push` does: complete, checked, in one commit. What
@@ -205,25 +222,41 @@ class ICAETrainer(SFTTrainer):
                 As in [`~icae.hub_upload.upload`].
             base (`str`, *optional*):
                 Folder of the base, see [`~icae.hub_upload.verify`].
+            model_name, dataset_name, license, language, tags:
+                What the card should say, as if it were set in `trainer.card` before.
 
         Returns:
             `CommitInfo`, or a `Future` of it if not `blocking`; `None` in other processes than the first.
+
+        Raises:
+            `ValueError`: if the model or its repository is refused, see [`~icae.hub_upload.push`].
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        revision = revision or self.args.hub_revision
+        private = self.args.hub_private_repo if private is None else private
+        card = self.card
+        card.name, card.license = model_name or card.name, license or card.license
+        card.language, card.tags = _as_list(language) or card.language, _as_list(tags) or card.tags
+        for name in _as_list(dataset_name):
+            source = DataSource(name, hub_id=name if is_hub_id(name) else None)
+            card.data = [*(one for one in card.data if one.name != name), source]
+        facts = card.facts()
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        replace(self.card.facts(), repo_id=self.hub_model_id).save(self.args.output_dir)
+        facts.at(self.hub_model_id, revision).save(self.args.output_dir)
         write_card(self.args.output_dir)
-        bundle = self._bundle(self.args.output_dir, base)
+        bundle = tempfile.TemporaryDirectory()
+        self._prepare_push(self.args.output_dir, f"{bundle.name}/model", revision, base)
         self._finish_current_push()
         job = self._upload(
             bundle,
+            private=private,
             token=token or self.args.hub_token,
-            revision=revision or self.args.hub_revision,
-            commit_message=commit_message,
+            revision=revision,
+            commit_message=commit_message or "End of training",
             commit_description=commit_description,
             create_pr=create_pr,
         )
@@ -232,27 +265,36 @@ class ICAETrainer(SFTTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer's own copies and pushes files whose names it knows, without slots and adapter.
         strategy = self.args.hub_strategy
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
         running = [job for job in self.push_in_progress.jobs if not job.done()] if self.push_in_progress else []
-        skipped = running and not self.args.hub_always_push
-        if not self.is_world_process_zero() or strategy == HubStrategy.END or skipped:
+        if running and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         where = {
             HubStrategy.CHECKPOINT: "last-checkpoint",
             HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name,
         }.get(strategy)
-        self.card.facts().save(checkpoint_folder)
-        subfolders = {}
+        # All that is uploaded later: the checkpoint itself may be rotated away by then.
+        bundle = tempfile.TemporaryDirectory()
         try:
-            if where:
-                subfolders[where] = training_state(checkpoint_folder)
-                check_training_state(subfolders[where])
-            bundle = self._bundle(checkpoint_folder)
-        except ValueError as error:
-            _warn(error)
+            self.card.facts().save(checkpoint_folder)
+            self._prepare_push(checkpoint_folder, f"{bundle.name}/model", self.args.hub_revision)
+        except Exception as error:  # whatever it is, training is worth more than a push
+            _warn("the checkpoint", error)
+            bundle.cleanup()
             return
+        subfolders = {}
+        if where:
+            try:
+                training_state(checkpoint_folder, f"{bundle.name}/state")
+                check_training_state(f"{bundle.name}/state")
+                subfolders[where] = f"{bundle.name}/state"
+            except Exception as error:  # the model itself still goes
+                _warn("the state to resume from", error)
         job = self._upload(
             bundle,
+            private=self.args.hub_private_repo,
             token=self.args.hub_token,
             revision=self.args.hub_revision,
             commit_message=f"Training in progress, step {self.state.global_step}",
@@ -261,21 +303,19 @@ class ICAETrainer(SFTTrainer):
         job.add_done_callback(_warn_if_failed)
         self.push_in_progress = PushInProgress([*running, job])
 
-    def _bundle(self, checkpoint: str, base: str | None = None) -> tempfile.TemporaryDirectory:
-        """A checkpoint in the layout of the Hub, checked and verified."""
-        bundle = tempfile.TemporaryDirectory()
-        assemble(checkpoint, bundle.name, tokenizer=self.model.tokenizer, repo_id=self.hub_model_id)
-        check(bundle.name)
+    def _prepare_push(self, checkpoint: str, folder: str, branch: str | None, base: str | None = None) -> None:
+        """Puts a checkpoint into the layout of the Hub, checks and verifies it."""
+        assemble(checkpoint, folder, tokenizer=self.model.tokenizer, repo_id=self.hub_model_id, branch=branch)
+        check(folder)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # there, one process alone cannot run the model
-            verify(bundle.name, self.model, base=base)
-        return bundle
+            verify(folder, self.model, base=base)
 
     def _upload(self, bundle: tempfile.TemporaryDirectory, **kwargs) -> Future:
         """Uploads in the background, one push after the other."""
 
         def upload_and_remove() -> CommitInfo:
             with bundle:
-                return upload(bundle.name, self.hub_model_id, **kwargs)
+                return upload(f"{bundle.name}/model", self.hub_model_id, **kwargs)
 
         return self._uploads.submit(upload_and_remove)
 
@@ -299,14 +339,33 @@ def _rows_of_other_texts(context_ids: torch.Tensor, context_mask: torch.Tensor) 
     return others
 
 
+def _as_list(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
+
+
 def _warn_if_failed(push: Future) -> None:
     if error := push.exception():
-        _warn(error)
+        _warn("the checkpoint", error)
 
 
-def _warn(error: BaseException) -> None:
+def _warn(what: str, error: BaseException) -> None:
     """Training goes on; what failed to go out lies in the checkpoint's folder."""
-    logger.warning(f"A push to the Hub failed, the checkpoint is only in `output_dir`: {error}")
+    logger.warning(f"A push to the Hub failed, {what} is only in `output_dir`: {error}")
+
+
+class _BestCheckpoint(TrainerCallback):
+    """Finds the best checkpoint again in a run that goes on from elsewhere, and forgets a best that is not there."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.best_global_step and not os.path.isdir(state.best_model_checkpoint or ""):
+            best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
+            if best.is_dir():
+                state.best_model_checkpoint = str(best)
+                return
+            logger.warning(
+                f"The best checkpoint so far, {best.name!r}, is not in `output_dir`; the best is looked for again."
+            )
+            state.best_model_checkpoint = state.best_metric = state.best_global_step = None
 
 
 class _GradientNorms(TrainerCallback):
