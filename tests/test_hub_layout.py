@@ -323,7 +323,7 @@ def test_a_state_to_resume_from_leaves_the_arguments_the_base_and_this_machine_s
         ("rng_state.pth", {"base": torch.zeros(300_000)}, "Expected 'rng_state.pth' to take at most 1,000,000 bytes"),
         (
             "trainer_state.json",
-            b'{"best_model_checkpoint": null, "x": "/home/me"}',
+            b'{"best_model_checkpoint": null, "x": "/mnt/me"}',
             "Expected no paths of this machine",
         ),
         ("chat_template.jinja", b"hf_" + 32 * b"x", "Expected no secrets"),
