@@ -142,9 +142,11 @@ def answers(record: Record) -> str:
             "The frozen base reads the full context or none, or in as many tokens as there are slots the first of\n"
             "the context, a summary that it wrote itself, or the sentences that fit the prompt best (BM25)"
         )
-    learnt = """The ICAE was tuned to answer prompts of these sources, the frozen base was not; what it has learnt
-without a context shows in "another text's slots", the same ICAE with the memory of another context. "Untrained slots"
-are those of an ICAE before any training."""
+    learnt = """\
+The ICAE was tuned to answer prompts of these sources, the frozen base was not. "Untrained slots" are those of an ICAE
+before any training."""
+    if "another text's slots" in record["summary"]:
+        learnt += """ "Another text's slots" are the same tuned ICAE with the memory of another context."""
     if tools := [name for name in ("LLMLingua", "kvpress") if name in record["summary"]]:
         reads += f",\nor what {' and '.join(tools)} leave of it"
     tuned = ""
@@ -159,7 +161,8 @@ the same size, tuned on {tuned_on} with the full context ([how long](results/REA
 
 {table(["answers from", *ANSWERS.values()], rows)}
 
-{reads}{tuned}. {learnt}{intervals}
+{reads}{tuned}.
+{learnt}{intervals}
 """
 
 
