@@ -5,15 +5,17 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 
-PACKAGES = ("icae", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
+PACKAGES = ("icae", "torch", "transformers", "tokenizers", "peft", "trl", "accelerate", "datasets", "numpy")
+MEASURES = ("sacrebleu", "rouge_score", "rank_bm25")  # of the extra `eval`
 
 
 def write_record(path: str | Path, numbers: dict[str, Any], *, command: str | None = None) -> None:
@@ -24,12 +26,21 @@ def write_record(path: str | Path, numbers: dict[str, Any], *, command: str | No
             "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
             "command": command or " ".join(["python -m", *_command()]),
             "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+            "versions": versions(),
             "hardware": hardware(),
         }
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in (*PACKAGES, *MEASURES):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def without_folders(word: str) -> str:

@@ -1,16 +1,14 @@
 """Keeps the facts of a training run beside its checkpoints, so that the card is filled while a model is trained."""
 
-import platform
 import time
 from dataclasses import fields, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from icae.evaluation.record import PACKAGES, hardware
+from icae.evaluation.record import hardware, versions
 
 from .card import MEASURES, render
 from .facts import CardFacts, DataSource, TrainingStage
@@ -125,7 +123,7 @@ class CardCallback(TrainerCallback):
             started_from=self._started_from,
             hardware=_hardware(args.world_size),
             seconds=None if self._seconds is None else round(self._seconds + time.monotonic() - self._start, 1),
-            versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+            versions=versions(),
             evaluation=_last_evaluation(state.log_history),
         )
 
