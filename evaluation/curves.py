@@ -56,7 +56,7 @@ def plot(runs: dict[str, dict[str, Any]], loss: str, title: str, file: Path) -> 
     """
     Held-out loss over context tokens, the control dashed in the same colour, and teacher-forced accuracy beside it.
     """
-    figure, (axes, right) = plt.subplots(1, 2, figsize=(11, 4.5), width_ratios=(3, 2), layout="constrained")
+    figure, (axes, right) = plt.subplots(1, 2, figsize=(12, 4.5), width_ratios=(3, 2), layout="constrained")
     accuracy = loss.replace("loss", "accuracy")
     for name, run in runs.items():
         (line,) = axes.plot(run["context_tokens"], run[loss], marker="o", markersize=3, label=name)
@@ -65,7 +65,7 @@ def plot(runs: dict[str, dict[str, Any]], loss: str, title: str, file: Path) -> 
     axes.plot([], [], linestyle="--", color="gray", label="the same with another text's slots")
     figure.suptitle(title)
     axes.set(ylabel=f"{LABELS[loss]}, nats per token")
-    right.set(ylabel="teacher-forced accuracy", ylim=(0, 1))
+    right.set(ylabel="teacher-forced accuracy")
     if loss == "ae_loss":
         axes.set_yscale("log")  # the control is a hundred times the loss
     for panel in (axes, right):
@@ -73,7 +73,7 @@ def plot(runs: dict[str, dict[str, Any]], loss: str, title: str, file: Path) -> 
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k
         panel.grid(alpha=0.3, which="both")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.legend()
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(file, dpi=130)
     plt.close(figure)
 

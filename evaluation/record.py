@@ -15,6 +15,7 @@ import torch
 
 
 PACKAGES = ("icae", "torch", "transformers", "tokenizers", "peft", "trl", "accelerate", "datasets", "numpy")
+CODE = (":/", ":(top,exclude)results")
 MEASURES = ("sacrebleu", "rouge_score", "rank_bm25")  # of the extra `eval`
 
 
@@ -23,7 +24,8 @@ def write_record(path: str | Path, numbers: dict[str, Any], *, command: str | No
     record = numbers | {
         "made_by": {
             "commit": current_commit(),
-            "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+            # Of the code: what commands before this one wrote is no change of it.
+            "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", *CODE)),
             "command": command or " ".join(["python -m", *_command()]),
             "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "versions": versions(),
