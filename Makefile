@@ -65,7 +65,7 @@ $(DONE)/probes: RUN_THIS = evaluate probes --data $(DATA)/validation.parquet \
   --without wikitext2 de_eltec code_python_stdlib --pairs 24 --per-kind 24
 $(DONE)/answers: RUN_THIS = evaluate answers --data $(TRIPLES)/validation.parquet --per-source 5 $(READERS)
 $(DONE)/bench: RUN_THIS = bench generate --contexts 512 1024 2048 4096 8000 --repeats 2
-$(DONE)/bench_ratios: RUN_THIS = bench generate --batches 4 --contexts 512 --ratios 2 4 8 16 --repeats 2 \
+$(DONE)/bench_ratios: RUN_THIS = bench generate --batches 4 --contexts 512 --ratios 2 4 8 16 --repeats 2 --no-memory \
   --output results/bench_generate_ratios.json
 $(DONE)/%: $(STAMP) $(CHECKPOINT)/icae_slots.safetensors
 	mkdir -p $(DONE)
