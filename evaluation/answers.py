@@ -222,12 +222,12 @@ def fill(file: AnswerFile, make: Callable[[], Reader], rows: list[Row], max_new_
     missing = [batch for batch in batches(rows, batch_size) if any(row["row"] not in file.rows for row in batch)]
     if not missing:
         return
-    reader = make()
+    reader, commit = make(), current_commit()
     for batch in tqdm(missing, desc=file.name):
         losses, answers = reader.losses(batch), reader.answers(batch, max_new_tokens)
         found = zip(batch, losses, answers, strict=True)
         lines = [
-            {"row": row["row"], "loss": round(loss, 6), "answer": answer, "commit": current_commit()}
+            {"row": row["row"], "loss": round(loss, 6), "answer": answer, "commit": commit}
             for row, loss, answer in found
         ]
         file.add([line for line in lines if line["row"] not in file.rows])

@@ -445,6 +445,15 @@ def test_bench_generate_compares_slots_and_full_context_in_every_cell(saved):
     assert record["attention"] == "sdpa"
 
 
+def test_each_ratio_loads_its_own_slots(saved, monkeypatch):
+    loaded = []
+    load = bench_generate.ICAEMemory.load
+    monkeypatch.setattr(bench_generate.ICAEMemory, "load", lambda path: loaded.append(path.stem) or load(path))
+    words = ["--model", "icae", "--ratios", "4", "8", "--contexts", "32", "--new-tokens", "2", "--repeats", "2"]
+    run("bench", "generate", *words, "--no-memory")
+    assert loaded == ["4x", "8x"] * 2
+
+
 @pytest.mark.slow  # three processes
 def test_the_trained_checkpoint_is_the_default_and_peak_memory_is_measured(saved):
     words = ["--model", "icae", "--contexts", "64", "--new-tokens", "2", "--repeats", "1"]
