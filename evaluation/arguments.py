@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from icae.cli import load_model
+from icae.cli import add_dtype_argument, load_model
+from icae.dtypes import resolve_dtype
 from icae.evaluation.readers import Reader, SlotReader
 from icae.evaluation.record import current_commit, without_folders, write_record
 from icae.modeling_icae import ICAEForConditionalGeneration
@@ -33,7 +34,7 @@ def evaluation_parser(command: str, description: str, *, several_models: bool = 
     else:
         parser.add_argument("--model", help="folder or Hub id of an ICAE (default: the embedded checkpoint)")
     parser.add_argument("--base", help="the base, if not where the ICAE says")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="dtype of the base")
+    add_dtype_argument(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path(f"results/{name}.json"), help="JSON file to write")
     parser.add_argument("--quick", action="store_true", help="a small subset, for a first look and for CI")
@@ -41,11 +42,15 @@ def evaluation_parser(command: str, description: str, *, several_models: bool = 
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None, quick: dict[str, Any]) -> argparse.Namespace:
-    """Parses; with `--quick`, the values of `quick` are the defaults, and results go to `runs/quick/`."""
+    """
+    Parses; with `--quick`, the values of `quick` are the defaults, and results go to `runs/quick/`. The dtype is what
+    is used, for records and for parts: results of one may not be joined with those of another.
+    """
     arguments = parser.parse_args(argv)
     if arguments.quick:
         parser.set_defaults(output=Path("runs/quick", parser.get_default("output").name), **quick)
         arguments = parser.parse_args(argv)
+    arguments.dtype = str(resolve_dtype(arguments.dtype)).removeprefix("torch.")
     return arguments
 
 

@@ -25,7 +25,9 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from icae.cli import add_dtype_argument
 from icae.configuration_icae import ICAEConfig
+from icae.dtypes import resolve_dtype
 from icae.embedded import embedded_base
 from icae.evaluation.arguments import command_line
 from icae.evaluation.record import write_record
@@ -72,7 +74,8 @@ def icae_step(arguments) -> tuple[Callable[[], None], ICAEForConditionalGenerati
     """One training step of this package."""
     config = ICAEConfig(span_length=arguments.span_length, memory_type=arguments.memory_type)
     attention = "grouped" if not torch.cuda.is_available() else "sdpa"
-    model = ICAEForConditionalGeneration.from_base(arguments.base, config, attn_implementation=attention)
+    options = {"dtype": resolve_dtype(arguments.dtype), "attn_implementation": attention}
+    model = ICAEForConditionalGeneration.from_base(arguments.base, config, **options)
     model.train()
     optimizer = torch.optim.AdamW(model.trainable_parameters().values(), lr=1e-4, fused=True)
     ids = random_ids(arguments, model.config.text_config.vocab_size)
@@ -87,8 +90,9 @@ def icae_step(arguments) -> tuple[Callable[[], None], ICAEForConditionalGenerati
 
 def two_copies_step(arguments) -> Callable[[], None]:
     """The same step on two copies of the base, with all logits and hidden states, row by row."""
-    encoder = AutoModelForCausalLM.from_pretrained(arguments.base)
-    decoder = AutoModelForCausalLM.from_pretrained(arguments.base).requires_grad_(False)
+    dtype = resolve_dtype(arguments.dtype)
+    encoder = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=dtype)
+    decoder = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=dtype).requires_grad_(False)
     decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     decoder.train()
     config = ICAEConfig(span_length=arguments.span_length)
@@ -137,7 +141,7 @@ def measure_memory(arguments) -> None:
 def memory_of(variant: str, arguments, batch_size: int) -> dict[str, int]:
     command = [sys.executable, "-m", "icae.evaluation.bench_train", "--memory-of", variant]
     command += ["--base", arguments.base, "--span-length", str(arguments.span_length)]
-    command += ["--batch-size", str(batch_size), "--memory-type", arguments.memory_type]
+    command += ["--batch-size", str(batch_size), "--memory-type", arguments.memory_type, "--dtype", arguments.dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -148,12 +152,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--memory-type", default="key_values", choices=["key_values", "hidden_states"])
     parser.add_argument("--span-length", type=int, default=64, help="context tokens per row")
     parser.add_argument("--batch-size", type=int, default=32, help="rows per step")
+    add_dtype_argument(parser)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="results/bench_train.json")
     parser.add_argument("--memory-of", choices=["icae", "two_copies"], help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     arguments.base = arguments.base or embedded_base()
+    dtype = resolve_dtype(arguments.dtype)
+    arguments.dtype = str(dtype).removeprefix("torch.")
     if arguments.memory_of:
         measure_memory(arguments)
         return
@@ -163,8 +170,8 @@ def main(argv: list[str] | None = None) -> None:
     with ProductRecorder() as recorder:
         step()
     ids = random_ids(arguments, model.config.text_config.vocab_size)
-    plain = AutoModelForCausalLM.from_pretrained(arguments.base).eval()  # as a user would load it
-    reader = ICAEForConditionalGeneration.from_base(arguments.base, model.config).eval()
+    plain = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=dtype).eval()  # as a user would load it
+    reader = ICAEForConditionalGeneration.from_base(arguments.base, model.config, dtype=dtype).eval()
     reader._make_trainable(False)
 
     @torch.no_grad()

@@ -232,6 +232,17 @@ def test_icae_pretrain_runs_from_a_file_with_overrides_and_goes_on(command_line)
     assert model.config.span_length == 16
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_dtype_that_a_machine_is_fast_in_is_used_and_recorded(command_line, monkeypatch, dtype):
+    from icae.cli import main
+
+    monkeypatch.setattr("icae.dtypes.fast_dtype", lambda: getattr(torch, dtype))
+    config = ["pretrain", "--config", str(command_line / "config.yaml"), "--dtype", "auto", "--max_steps", "1"]
+    assert main([*config, "--eval_strategy", "no"]) == 0
+    record = json.loads((command_line / "run" / "run.json").read_text())
+    assert record["arguments"]["dtype"] == dtype
+
+
 def test_data_must_be_named(command_line, capsys):
     from icae.cli import main
 

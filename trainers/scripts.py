@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
 from datasets import load_dataset
 
 from icae.configuration_icae import ICAEConfig
+from icae.dtypes import resolve_dtype
 from icae.embedded import EMBEDDED_BASE_ID, embedded_base
 from icae.evaluation.record import write_record
 from icae.model_cards import DataSource
@@ -21,7 +22,10 @@ class ScriptArguments:
 
     base_model: str = field(default="embedded", metadata={"help": 'Hub id or folder of the base, or "embedded".'})
     init_from: str | None = field(default=None, metadata={"help": "An ICAE checkpoint to go on from."})
-    dtype: str = field(default="bfloat16", metadata={"help": "dtype of the frozen base."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "dtype of the frozen base. auto: float32 on processors that only imitate bfloat16."},
+    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": 'Attention of the base; "grouped" is the fastest to train on a CPU.'}
     )
@@ -65,7 +69,7 @@ class ICAEArguments:
 
 def load_model(script: ScriptArguments, icae: ICAEArguments) -> ICAEForConditionalGeneration:
     """A new model, or the one to go on from."""
-    options = {"dtype": getattr(torch, script.dtype)}
+    options: dict[str, Any] = {"dtype": resolve_dtype(script.dtype)}
     if script.attn_implementation:
         options["attn_implementation"] = script.attn_implementation
     embedded = script.base_model == "embedded"
@@ -121,4 +125,5 @@ def run(trainer: ICAETrainer, script: ScriptArguments, icae: ICAEArguments) -> N
     trainer.save_state()
     if trainer.is_world_process_zero():
         done = {"steps": trainer.state.global_step, "seed": trainer.args.seed}
-        write_record(Path(output_dir, "run.json"), {"arguments": vars(script) | vars(icae), **done})
+        used = {"dtype": str(trainer.model.language_model.dtype).removeprefix("torch.")}
+        write_record(Path(output_dir, "run.json"), {"arguments": vars(script) | vars(icae) | used, **done})

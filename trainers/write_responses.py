@@ -11,7 +11,7 @@ from itertools import chain
 import torch
 from datasets import load_dataset
 
-from icae.cli import load_model
+from icae.cli import add_dtype_argument, load_model
 from icae.evaluation.readers import TokenReader
 from icae.modeling_icae.chat_icae import encode_contexts
 
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, help="Parquet file to write")
     parser.add_argument("--model", help="an ICAE, whose base answers (default: the embedded checkpoint)")
     parser.add_argument("--base", help="its base, if not where the ICAE says")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    add_dtype_argument(parser)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=8)
     arguments = parser.parse_args(argv)

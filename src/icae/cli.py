@@ -8,6 +8,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from icae.dtypes import DTYPES, resolve_dtype
+
 
 # Commands with parsers of their own.
 OWN_PARSERS = {
@@ -78,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (compress, reconstruct, ask, demo):
         command.add_argument("--model", help="folder or Hub id of an ICAE (default: the embedded checkpoint)")
         command.add_argument("--base", help="folder or Hub id of its base, if not where the ICAE says")
-        command.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="dtype of the base")
+        add_dtype_argument(command)
 
     # Listed here for --help only; `main` hands them on.
     commands.add_parser("pretrain", help="pretrain from a YAML file: icae pretrain --config FILE")
@@ -98,6 +100,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
+    """`--dtype`, by default what this machine is fast in."""
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="dtype of the base (default: auto; float32 on processors that only imitate bfloat16)",
+    )
+
+
 def load_model(model: str | None, base: str | None, dtype: str, **options):
     """The model that the common options name, on the accelerator if there is one."""
     import torch
@@ -115,7 +127,7 @@ def load_model(model: str | None, base: str | None, dtype: str, **options):
     if base is None and ICAEConfig.from_pretrained(model).base_model_fingerprint == EMBEDDED_BASE_FINGERPRINT:
         base = embedded_base()
     loaded = ICAEForConditionalGeneration.from_pretrained(
-        model, base_model=base, dtype=getattr(torch, dtype), **options
+        model, base_model=base, dtype=resolve_dtype(dtype), **options
     )
     return loaded.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
 
