@@ -9,6 +9,7 @@ from icae.evaluation import tables
 BEGIN, END = "<!-- results:begin -->\n", "<!-- results:end -->"
 SECTIONS = {
     "reconstruction": lambda record: tables.embedded(record) + "\n" + tables.lengths(record),
+    "aims": tables.aims,
     "answers": tables.answers,
     "continuation": tables.continuation,
     "probes": tables.probes,

@@ -163,6 +163,7 @@ def _colors(names: Any) -> list[str]:
 
 SWEEP = "icae sweep evaluation/sweeps/ablations.yaml"  # the file says what is measured of its models
 SECTIONS = (
+    Section("Against its aims", "aims", "icae evaluate aims", (tables.aims,)),
     Section(
         "Reconstruction",
         "reconstruction",

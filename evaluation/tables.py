@@ -256,6 +256,34 @@ tokens, {record["arguments"]["new_tokens"]} new tokens, {record["attention"]} on
 """
 
 
+def aims(record: Record) -> str:
+    """Where the embedded checkpoint stands against its aims, and what the slope of its pretraining says."""
+
+    def show(value: float | None) -> str:
+        return "–" if value is None else f"{value:.2f}"
+
+    rows = [
+        [row["measure"], row["aim"], show(row["before_tuning"]), show(row["value"]), _yes(row["reached"])]
+        for row in record["aims"]
+    ]
+    ends = [
+        f"{run['loss']:.2f} nats at {run['tokens'] / 1e6:.2f} M context tokens, as tokens to the power of "
+        f"{-run['exponent']:.2f}"
+        + (f", which meets the aim at {run['tokens_for_aim'] / 1e6:.1f} M" if run["tokens_for_aim"] else "")
+        for run in record["slopes"].values()
+    ]
+    slopes = f"""
+Autoencoding loss of the pretraining runs at their ends, and through their second halves: {"; ".join(ends)}.
+The learning rate falls towards the end of a run, so these are the least that could do.
+"""
+    return f"""\
+**Against its aims**: the embedded checkpoint on held-out text of {record["length"]} tokens, before and after the
+instruction stage ([aims.json](results/aims.json)):
+
+{table(["", "aim", "before tuning", "now", "reached"], rows)}
+{slopes if ends else ""}"""
+
+
 def layouts(record: Record) -> str:
     """Layouts and memory types at equal tokens."""
     rows = [
@@ -322,6 +350,10 @@ with two copies of the base and all logits, one row at a time, as the official c
 
 {table(("", ""), rows)}
 """
+
+
+def _yes(value: bool | None) -> str:
+    return "–" if value is None else "yes" if value else "no"
 
 
 def _lengths(lengths: list[int]) -> str:

@@ -52,6 +52,7 @@ def results(tokenizer, tmp_path_factory):
         state = [measured | {"eval_num_tokens": 10.0, "step": 1}]
         (folder / "icae" / "trainer_state.json").write_text(json.dumps({"log_history": state}))
         curves.main(["icae", "--output", "results/embedded.json", "--title", "Curves of a tiny model"])
+        assert main(["evaluate", "aims", "--length", "16"]) == 0
         for name in ("ratios", "spans"):
             shutil.copy("results/reconstruction.json", f"results/{name}.json")
         shutil.copy("results/probes.json", "results/probes_by_ratio.json")

@@ -25,6 +25,7 @@ OWN_PARSERS = {
     ("evaluate", "answers"): "icae.evaluation.answers",
     ("evaluate", "judge"): "icae.evaluation.judge",
     ("evaluate", "probes"): "icae.evaluation.probes",
+    ("evaluate", "aims"): "icae.evaluation.aims",
     ("report",): "icae.evaluation.report",
     ("bench", "train"): "icae.evaluation.bench_train",
     ("bench", "generate"): "icae.evaluation.bench_generate",
@@ -92,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("card", help="write the model card of a saved ICAE: icae card FOLDER")
     commands.add_parser("convert", help="official ICAE releases into this layout: icae convert FILE --base BASE")
     for name, text in (
-        ("evaluate", "what slots keep: icae evaluate reconstruction | continuation | answers | judge | probes"),
+        ("evaluate", "what slots keep: icae evaluate reconstruction | continuation | answers | judge | probes | aims"),
         ("bench", "what training and answering cost: icae bench train | generate"),
     ):
         kinds = [words[1] for words in OWN_PARSERS if words[0] == name]

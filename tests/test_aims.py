@@ -1,0 +1,87 @@
+import json
+
+import pytest
+
+from icae.cli import main
+from icae.evaluation import tables
+from icae.evaluation.aims import reached, slope
+
+
+def reconstruction(loss: float, prefix: float = 0.7) -> dict:
+    found = {"ae_loss": loss, "bleu": 0.96, "exact_prefix": prefix}
+    return {"models": {"one": {"by_length": {"128": found}}}}
+
+
+def curves(tokens: list[float], losses: list[float]) -> dict:
+    return {"runs": {"one": {"context_tokens": tokens, "ae_loss": losses}}}
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+
+    def write(**records) -> dict:
+        for name, record in records.items():
+            (tmp_path / "results" / f"{name}.json").write_text(json.dumps(record))
+        assert main(["evaluate", "aims"]) == 0
+        return json.loads((tmp_path / "results" / "aims.json").read_text())
+
+    return write
+
+
+def test_a_loss_should_be_below_its_aim_and_a_score_above():
+    loss, bleu, *_ = ("autoencoding loss, nats", "BLEU")
+    assert reached(loss, 0.10) and not reached(loss, 0.11)
+    assert reached(bleu, 0.95) and not reached(bleu, 0.94)
+
+
+def test_the_slope_of_a_power_law_is_its_exponent_and_leads_to_the_aim():
+    tokens = [1e5, 2e5, 4e5, 8e5]
+    found = slope(tokens, [10 * count**-0.5 for count in tokens], aim=0.01)
+    assert found["exponent"] == pytest.approx(0.5) and found["tokens_for_aim"] == pytest.approx(1e6)
+
+
+def test_the_first_half_of_a_curve_does_not_count():
+    assert slope([1, 2, 4, 8], [90, 7, 0.5, 0.25], aim=0.125)["tokens_for_aim"] == pytest.approx(16)
+
+
+def test_a_curve_that_rises_leads_to_no_aim():
+    assert slope([1, 2, 4], [1, 1, 2], aim=0.5)["tokens_for_aim"] is None
+
+
+def test_the_second_run_goes_on_from_the_tokens_of_the_first(write):
+    first, second = curves([1, 2, 4], [4, 2, 1]), curves([4, 12, 28], [0.5, 0.25, 0.125])
+    record = write(reconstruction=reconstruction(0.1), **{"embedded": first, "embedded-2": second})
+    assert record["slopes"]["embedded"]["tokens"] == 4 and record["slopes"]["embedded-2"]["tokens"] == 32
+    assert record["slopes"]["embedded-2"]["exponent"] == pytest.approx(1)
+
+
+def test_values_before_and_after_tuning_stand_beside_the_aims(write):
+    answers = {"summary": {"icae": {"f1_share_of_full_context": 0.86}}}
+    continuation = {"models": {"one": {"128": {"icae": {"perplexity_increase_percent": 8.0}}}}}
+    after, before = reconstruction(0.3, prefix=0.1), reconstruction(0.08)
+    record = write(reconstruction=after, pretrained=before, continuation=continuation, answers=answers)
+    columns = {key: [row[key] for row in record["aims"]] for key in ("value", "reached", "before_tuning")}
+    assert columns["value"] == [0.3, 0.96, 0.1, 0.08, 0.86] and columns["reached"] == [False, True, False, True, False]
+    assert columns["before_tuning"] == [0.08, 0.96, 0.7, None, None]
+    text = tables.aims(record)
+    assert "| autoencoding loss, nats | at most 0.1 | 0.08 | 0.30 | no |" in text and "at their ends" not in text
+
+
+def test_what_is_not_measured_is_neither_reached_nor_missed(write):
+    record = write(reconstruction=reconstruction(0.3))
+    assert [row["reached"] for row in record["aims"]] == [False, True, True, None, None]
+    assert "| – | – | – |" in tables.aims(record)
+
+
+def test_results_of_several_models_are_refused(write, capsys):
+    several = {"models": reconstruction(0.1)["models"] | {"two": {}}}
+    with pytest.raises(AssertionError):
+        write(reconstruction=several)
+    assert "Expected results of one model, got those of ['one', 'two']" in capsys.readouterr().err
+
+
+def test_without_results_the_command_that_makes_them_is_named(tmp_path, capsys):
+    assert main(["evaluate", "aims", "--results", str(tmp_path)]) == 2
+    assert "Expected reconstruction.json" in capsys.readouterr().err
