@@ -14,6 +14,7 @@ SECTIONS = {
     "continuation": tables.continuation,
     "probes": tables.probes,
     "layouts": tables.layouts,
+    "families": tables.families,
     "ablations": tables.ablations,
     "bench_generate": tables.answering,
     "bench_train": tables.costs,

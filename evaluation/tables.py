@@ -14,6 +14,7 @@ ANSWERS = {  # measures of answers, and the heads of their columns
     "short_exact_match": "exact match",
     "long_rougeL": "long: ROUGE-L",
 }
+KEPT = ("loss", "another text's slots", "accuracy", "exact prefix", "BLEU")
 ENDS = {"f1": "f1_interval", "f1_share_of_full_context": "f1_share_interval"}
 
 
@@ -67,40 +68,23 @@ Losses in nats per token, accuracy teacher-forced, BLEU of the text that is real
 
 def lengths(record: Record) -> str:
     """What comes back by context length, and of text that cannot be guessed."""
-    head = ("", "context", "slots", "loss", "another text's slots", "accuracy", "exact prefix", "BLEU")
-
-    def row(name: str, context: str, slots: str, found: Record) -> list[str]:
-        measures = [f"{found['ae_loss']:.2f}", f"{found['ae_loss_other_text']:.1f}", f"{found['ae_accuracy']:.1%}"]
-        written = [f"{found['exact_prefix']:.0%}", f"{found['bleu']:.2f}"] if "bleu" in found else ["–", "–"]
-        return [name, context, slots, *measures, *written]
-
     rows = []
     for name, model in record["models"].items():
         for length, found in model.get("by_length", {}).items():
-            rows.append(row(name, f"{length} tokens", str(model["slots"][length]), found))
+            rows.append([name, f"{length} tokens", str(model["slots"][length]), *_kept(found)])
         for kind, found in model.get("by_text", {}).items():
-            rows.append(row(name, f"{record['arguments']['altered_length']}, {kind} text", "", found))
-    return table(head, rows) + "\n"
+            rows.append([name, f"{record['arguments']['altered_length']}, {kind} text", "", *_kept(found)])
+    return table(("", "context", "slots", *KEPT), rows) + "\n"
 
 
 def kinds_of_text(record: Record) -> str:
     """What comes back of each source, over all lengths."""
-    head = ("", "source", "rows", "loss", "another text's slots", "accuracy", "exact prefix", "BLEU")
     rows = [
-        [
-            name,
-            source,
-            str(found["rows"]),
-            f"{found['ae_loss']:.2f}",
-            f"{found['ae_loss_other_text']:.1f}",
-            f"{found['ae_accuracy']:.1%}",
-            f"{found['exact_prefix']:.0%}",
-            f"{found['bleu']:.2f}",
-        ]
+        [name, source, str(found["rows"]), *_kept(found)]
         for name, model in record["models"].items()
         for source, found in model["by_source"].items()
     ]
-    return table(head, rows) + "\n"
+    return table(("", "source", "rows", *KEPT), rows) + "\n"
 
 
 def continuation(record: Record) -> str:
@@ -287,13 +271,7 @@ instruction stage ([aims.json](results/aims.json)):
 def layouts(record: Record) -> str:
     """Layouts and memory types at equal tokens."""
     rows = [
-        [
-            f"`{run['config']['memory_type']}`",
-            run["config"]["encoder_layout"],
-            f"{run['ae_loss'][-1]:.2f}",
-            f"{run['ae_loss_other_text'][-1]:.2f}",
-            f"{run['ae_accuracy'][-1]:.1%}",
-        ]
+        [f"`{run['config']['memory_type']}`", run["config"]["encoder_layout"], *_end(run, "ae")]
         for run in record["runs"].values()
     ]
     tokens = next(iter(record["runs"].values()))["context_tokens"][-1]
@@ -305,17 +283,24 @@ context tokens each (`make comparison`; [curves](results/layouts.png)):
 """
 
 
-def ablations(record: Record) -> str:
-    """The instruction stage after pretraining of several kinds."""
+def families(record: Record) -> str:
+    """The recipe on bases of other families."""
     rows = [
-        [
-            name,
-            f"{run['response_loss'][-1]:.2f}",
-            f"{run['response_loss_other_text'][-1]:.2f}",
-            f"{run['response_accuracy'][-1]:.1%}",
-        ]
+        [name, f"{run['context_tokens'][-1] / 1e3:.0f} k", f"{run['ae_loss'][0]:.2f}", *_end(run, "ae")]
         for name, run in record["runs"].items()
     ]
+    return f"""\
+**On other families**: the same recipe on small bases that were trained from nothing, for minutes
+(`python -m icae.evaluation.small_base`, `icae sweep evaluation/sweeps/families.yaml`;
+[curves](results/families.png)):
+
+{table(["base", "context tokens", "loss before", "autoencoding loss", "with another text's slots", "accuracy"], rows)}
+"""
+
+
+def ablations(record: Record) -> str:
+    """The instruction stage after pretraining of several kinds."""
+    rows = [[name, *_end(run, "response")] for name, run in record["runs"].items()]
     return f"""\
 **What pretraining gives the instruction stage** (the paper's ablations at small scale: 64-token spans, 4x if nothing
 else is said, equal tokens; `icae sweep evaluation/sweeps/ablations.yaml`, [curves](results/ablations.png)):
@@ -350,6 +335,19 @@ with two copies of the base and all logits, one row at a time, as the official c
 
 {table(("", ""), rows)}
 """
+
+
+def _kept(found: Record) -> list[str]:
+    """What comes back of some text, under the heads `KEPT`."""
+    measures = [f"{found['ae_loss']:.2f}", f"{found['ae_loss_other_text']:.1f}", f"{found['ae_accuracy']:.1%}"]
+    written = [f"{found['exact_prefix']:.0%}", f"{found['bleu']:.2f}"] if "bleu" in found else ["–", "–"]
+    return measures + written
+
+
+def _end(run: Record, task: str) -> list[str]:
+    """Where a run ended: loss, control and accuracy of a task."""
+    loss, control, accuracy = (run[f"{task}_{name}"][-1] for name in ("loss", "loss_other_text", "accuracy"))
+    return [f"{loss:.2f}", f"{control:.2f}", f"{accuracy:.1%}"]
 
 
 def _yes(value: bool | None) -> str:
