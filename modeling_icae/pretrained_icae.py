@@ -114,10 +114,12 @@ class ICAEPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _initialize_slots(self) -> None:
         """Memory and task embeddings start like words of the base: the mean and spread of its input embeddings."""
-        embeddings = self.language_model.get_input_embeddings().weight
-        if embeddings.is_meta:
+        embeddings = self.language_model.get_input_embeddings()
+        if embeddings.weight.is_meta:
             return
-        mean, std = embeddings.float().mean(dim=0), embeddings.float().std(dim=0)
+        # What the layer gives rather than its weight, which Gemma's multiplies by the root of the hidden size.
+        words = embeddings(torch.arange(len(embeddings.weight), device=embeddings.weight.device)).float()
+        mean, std = words.mean(dim=0), words.std(dim=0)
         for parameter in (self.memory_embeddings, self.task_embeddings):
             parameter.copy_(mean + std * torch.randn(parameter.shape, device="cpu").to(std.device))
 

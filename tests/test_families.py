@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from icae import ICAEForConditionalGeneration
+from icae import ICAEConfig, ICAEForConditionalGeneration
 from tiny import FAMILIES, make_base
 
 
@@ -264,3 +264,15 @@ def test_a_batch_of_answers_equals_one_by_one_under_a_short_window(make_icae, fa
     batch = model.generate(CONTEXTS, PROMPTS, max_new_tokens=8, **NO_CONTROL)
     for row, (context, prompt) in enumerate(zip(CONTEXTS, PROMPTS, strict=True)):
         assert torch.equal(batch[row], model.generate(context, prompt, max_new_tokens=8, **NO_CONTROL)[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_slots_start_with_the_mean_and_spread_of_the_words_that_the_family_reads(family):
+    """Gemma's embedding layer gives its weights times the root of the hidden size."""
+    base = make_base(family)
+    words = base.get_input_embeddings()(torch.arange(base.config.vocab_size)).detach()
+    config = ICAEConfig(span_length=500, compression_ratio=1, lora_r=4)
+    slots = ICAEForConditionalGeneration.from_base(base, config).memory_embeddings.detach()
+    spread = words.std(dim=0)
+    assert ((slots.mean(dim=0) - words.mean(dim=0)).abs() < spread / 4).all()
+    close(slots.std(dim=0), spread, rtol=0.2, atol=0)
