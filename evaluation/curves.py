@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import EngFormatter, StrMethodFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
 from icae.evaluation.record import write_record
 
@@ -68,6 +68,8 @@ def plot(runs: dict[str, dict[str, Any]], loss: str, title: str, file: Path) -> 
     right.set(ylabel="teacher-forced accuracy")
     if loss == "ae_loss":
         axes.set_yscale("log")  # the control is a hundred times the loss
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 6, 8)))  # labels also within one power of ten
+        axes.yaxis.set_minor_formatter(NullFormatter())
     for panel in (axes, right):
         panel.set_xlabel("context tokens trained on")
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k
