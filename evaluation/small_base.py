@@ -22,6 +22,7 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
+    "query_pre_attn_scalar": 32,  # Gemma scales scores by this, others by the size of a head; its default suits 256
     "max_position_embeddings": 1024,
 }
 GPT2_SIZES = {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 1024}
