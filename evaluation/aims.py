@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"Expected reconstruction.json in {str(results)!r}, got none: `make evaluate` writes it.")
     now = measures(length, reconstruction, read("continuation"), read("answers"))
     pretrained = read("pretrained")
-    before = measures(length, pretrained, read("pretrained_continuation"), None) if pretrained else {}
+    before = measures(length, pretrained, None, None) if pretrained else {}
     rows = [
         {
             "measure": name,

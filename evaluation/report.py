@@ -171,6 +171,13 @@ SECTIONS = (
         (tables.embedded, tables.lengths, tables.kinds_of_text),
         (plot_lengths,),
     ),
+    Section(
+        "Reconstruction before the instruction stage",
+        "pretrained",
+        "icae evaluate reconstruction --models pretrained=FOLDER --output results/pretrained.json",
+        (tables.lengths,),
+        (plot_lengths,),
+    ),
     Section("Reconstruction by ratio", "ratios", SWEEP, (tables.lengths,)),
     Section("Several spans, trained and not", "spans", SWEEP, (tables.lengths,), (plot_lengths,)),
     Section(

@@ -53,7 +53,7 @@ def results(tokenizer, tmp_path_factory):
         (folder / "icae" / "trainer_state.json").write_text(json.dumps({"log_history": state}))
         curves.main(["icae", "--output", "results/embedded.json", "--title", "Curves of a tiny model"])
         assert main(["evaluate", "aims", "--length", "16"]) == 0
-        for name in ("ratios", "spans"):
+        for name in ("pretrained", "ratios", "spans"):
             shutil.copy("results/reconstruction.json", f"results/{name}.json")
         shutil.copy("results/probes.json", "results/probes_by_ratio.json")
         shutil.copy("results/bench_generate.json", "results/bench_generate_ratios.json")
