@@ -18,6 +18,8 @@ from icae.evaluation.record import write_record
 
 
 Record = dict[str, Any]
+Measured = tuple[float, list[float] | None]
+NOT_MEASURED = (None, None)
 AIMS = {  # by measure: the least or the most it should be
     "autoencoding loss, nats": ("at most", 0.10),
     "BLEU": ("at least", 0.95),
@@ -31,19 +33,24 @@ RUNS = ("embedded", "embedded-2")  # learning curves of the pretraining, the sec
 
 def measures(
     length: int, reconstruction: Record, continuation: Record | None, answers: Record | None
-) -> dict[str, float]:
+) -> dict[str, Measured]:
     """
     What the files say of one checkpoint, under the names of the aims, as far as they are there: of contexts of that
-    length, but of answers to all prompts.
+    length, but of answers to all prompts. Each value comes with its interval of 95%, where there is one.
     """
     loss, bleu, prefix, perplexity, f1 = AIMS
     found = _only_model(reconstruction)["by_length"][str(length)]
-    values = {loss: found["ae_loss"], bleu: found["bleu"], prefix: found["exact_prefix"]}
+    values: dict[str, Measured] = {
+        loss: (found["ae_loss"], found.get("ae_loss_interval")),
+        bleu: (found["bleu"], None),
+        prefix: (found["exact_prefix"], None),
+    }
     if continuation is not None:
         found = _only_model(continuation)[str(length)]["icae"]
-        values[perplexity] = found["perplexity_increase_percent"] / 100
+        percent, bounds = found["perplexity_increase_percent"], found.get("perplexity_increase_percent_interval")
+        values[perplexity] = percent / 100, bounds and [bound / 100 for bound in bounds]
     if answers is not None and "f1_share_of_full_context" in (row := answers["summary"]["icae"]):
-        values[f1] = row["f1_share_of_full_context"]
+        values[f1] = row["f1_share_of_full_context"], row.get("f1_share_interval")
     return values
 
 
@@ -89,16 +96,14 @@ def main(argv: list[str] | None = None) -> None:
     now = measures(length, reconstruction, read("continuation"), read("answers"))
     pretrained = read("pretrained")
     before = measures(length, pretrained, None, None) if pretrained else {}
-    rows = [
-        {
-            "measure": name,
-            "aim": f"{side} {aim}",
-            "value": now.get(name),
-            "reached": reached(name, now[name]) if name in now else None,
-            "before_tuning": before.get(name),
-        }
-        for name, (side, aim) in AIMS.items()
-    ]
+    rows = []
+    for name, (side, aim) in AIMS.items():
+        value, interval = now.get(name, NOT_MEASURED)
+        row = {"measure": name, "aim": f"{side} {aim}", "value": value, "interval": interval}
+        if value is not None:
+            row |= {"reached": reached(name, value)}
+            row |= {"surely_reached": all(reached(name, bound) for bound in interval or [value])}
+        rows.append(row | {"before_tuning": before.get(name, NOT_MEASURED)[0]})
     loss, (_, aim) = next(iter(AIMS.items()))
     slopes, seen = {}, 0.0
     for name in RUNS:

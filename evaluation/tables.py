@@ -247,7 +247,13 @@ def aims(record: Record) -> str:
         return "–" if value is None else f"{value:.2f}"
 
     rows = [
-        [row["measure"], row["aim"], show(row["before_tuning"]), show(row["value"]), _yes(row["reached"])]
+        [
+            row["measure"],
+            row["aim"],
+            show(row["before_tuning"]),
+            "–" if row["value"] is None else with_interval(row["value"], row["interval"]),
+            "–" if row["value"] is None else _verdict(row["reached"], row["surely_reached"]),
+        ]
         for row in record["aims"]
     ]
     ends = [
@@ -265,6 +271,8 @@ The learning rate falls towards the end of a run, so these are the least that co
 instruction stage ([aims.json](results/aims.json)):
 
 {table(["", "aim", "before tuning", "now", "reached"], rows)}
+
+Intervals hold 95%.
 {slopes if ends else ""}"""
 
 
@@ -350,8 +358,8 @@ def _end(run: Record, task: str) -> list[str]:
     return [f"{loss:.2f}", f"{control:.2f}", f"{accuracy:.1%}"]
 
 
-def _yes(value: bool | None) -> str:
-    return "–" if value is None else "yes" if value else "no"
+def _verdict(reached: bool, surely: bool) -> str:
+    return "no" if not reached else "yes" if surely else "yes, but not surely"
 
 
 def _lengths(lengths: list[int]) -> str:
