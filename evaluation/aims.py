@@ -1,9 +1,10 @@
 """
 Where the embedded checkpoint stands against its aims: `icae evaluate aims`, from other files in `results/`.
 
-What it measured, after the instruction stage and before it, and what the slope of its pretraining says about the
-tokens still needed: a power law through the second half of each run, drawn on to the aim. The learning rate falls
-towards the end of a run, which makes the loss fall faster than it would go on, so these are the least that could do.
+What it measured, now and after the first of its two pretraining runs (`pretrained.json`), and what the slope of its
+pretraining says about the tokens still needed: a power law through the second half of each run, drawn on to the aim.
+The learning rate falls towards the end of a run, which makes the loss fall faster than it would go on, so this is
+optimistic.
 """
 
 import argparse
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
         if value is not None:
             row |= {"reached": reached(name, value)}
             row |= {"surely_reached": all(reached(name, bound) for bound in interval or [value])}
-        rows.append(row | {"before_tuning": before.get(name, NOT_MEASURED)[0]})
+        rows.append(row | {"after_first_run": before.get(name, NOT_MEASURED)[0]})
     loss, (_, aim) = next(iter(AIMS.items()))
     slopes, seen = {}, 0.0
     for name in RUNS:
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     record |= {"slope_of": loss, "slopes": slopes}
     write_record(results / "aims.json", record, command=command_line(parser, argv))
     for row in rows:
-        print(f"{row['measure']:55s} {row['aim']:14s} {row['value']}  before tuning {row['before_tuning']}")
+        print(f"{row['measure']:55s} {row['aim']:14s} {row['value']}  after the first run {row['after_first_run']}")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def icae_step(arguments) -> tuple[Callable[[], None], ICAEForConditionalGenerati
     """One training step of this package."""
     config = ICAEConfig(span_length=arguments.span_length, memory_type=arguments.memory_type)
     attention = "grouped" if not torch.cuda.is_available() else "sdpa"
-    options = {"dtype": resolve_dtype(arguments.dtype), "attn_implementation": attention}
+    options = {"dtype": resolve_dtype(arguments.dtype, cpu=True), "attn_implementation": attention}
     model = ICAEForConditionalGeneration.from_base(arguments.base, config, **options)
     model.train()
     optimizer = torch.optim.AdamW(model.trainable_parameters().values(), lr=1e-4, fused=True)
@@ -90,7 +90,7 @@ def icae_step(arguments) -> tuple[Callable[[], None], ICAEForConditionalGenerati
 
 def two_copies_step(arguments) -> Callable[[], None]:
     """The same step on two copies of the base, with all logits and hidden states, row by row."""
-    dtype = resolve_dtype(arguments.dtype)
+    dtype = resolve_dtype(arguments.dtype, cpu=True)
     encoder = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=dtype)
     decoder = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=dtype).requires_grad_(False)
     decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--memory-of", choices=["icae", "two_copies"], help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     arguments.base = arguments.base or embedded_base()
-    dtype = resolve_dtype(arguments.dtype)
+    dtype = resolve_dtype(arguments.dtype, cpu=True)
     arguments.dtype = str(dtype).removeprefix("torch.")
     if arguments.memory_of:
         measure_memory(arguments)

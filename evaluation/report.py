@@ -172,7 +172,7 @@ SECTIONS = (
         (plot_lengths,),
     ),
     Section(
-        "Reconstruction before the instruction stage",
+        "Reconstruction after the first pretraining run",
         "pretrained",
         "icae evaluate reconstruction --models pretrained=FOLDER --output results/pretrained.json",
         (tables.lengths,),

@@ -250,30 +250,31 @@ def aims(record: Record) -> str:
         [
             row["measure"],
             row["aim"],
-            show(row["before_tuning"]),
+            show(row["after_first_run"]),
             "–" if row["value"] is None else with_interval(row["value"], row["interval"]),
             "–" if row["value"] is None else _verdict(row["reached"], row["surely_reached"]),
         ]
         for row in record["aims"]
     ]
-    ends = [
-        f"{run['loss']:.2f} nats at {run['tokens'] / 1e6:.2f} M context tokens, as tokens to the power of "
-        f"{-run['exponent']:.2f}"
-        + (f", which meets the aim at {run['tokens_for_aim'] / 1e6:.1f} M" if run["tokens_for_aim"] else "")
-        for run in record["slopes"].values()
-    ]
-    slopes = f"""
-Autoencoding loss of the pretraining runs at their ends, and through their second halves: {"; ".join(ends)}.
-The learning rate falls towards the end of a run, so these are the least that could do.
+    slopes = ""
+    if record["slopes"]:
+        first, *later = record["slopes"].values()
+        needed = first["tokens_for_aim"]
+        meets = f"; drawn on, it meets the aim at {needed / 1e6:.1f} M" if needed else ""
+        ends = [f"the next run, on longer contexts, ended with {_end_of(run)}" for run in later]
+        slopes = f"""
+Autoencoding loss of the first pretraining run: {_end_of(first)}, and through its second half a power law with the
+exponent {-first["exponent"]:.2f}{meets}. {"; ".join(ends).capitalize() + ". " if ends else ""}The learning rate falls
+towards the end of a run, so the line is optimistic.
 """
     return f"""\
-**Against its aims**: the embedded checkpoint on held-out text of {record["length"]} tokens, before and after the
-instruction stage ([aims.json](results/aims.json)):
+**Against its aims**: the embedded checkpoint, now and after the first of its two pretraining runs, on held-out text of
+{record["length"]} tokens, and its answers to all prompts ([aims.json](results/aims.json)):
 
-{table(["", "aim", "before tuning", "now", "reached"], rows)}
+{table(["", "aim", "after the first pretraining run", "now", "reached"], rows)}
 
 Intervals hold 95%.
-{slopes if ends else ""}"""
+{slopes}"""
 
 
 def layouts(record: Record) -> str:
@@ -356,6 +357,10 @@ def _end(run: Record, task: str) -> list[str]:
     """Where a run ended: loss, control and accuracy of a task."""
     loss, control, accuracy = (run[f"{task}_{name}"][-1] for name in ("loss", "loss_other_text", "accuracy"))
     return [f"{loss:.2f}", f"{control:.2f}", f"{accuracy:.1%}"]
+
+
+def _end_of(run: Record) -> str:
+    return f"{run['loss']:.2f} nats at {run['tokens'] / 1e6:.2f} M context tokens"
 
 
 def _verdict(reached: bool, surely: bool) -> str:

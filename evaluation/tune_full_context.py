@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = TrlParser((TuneArguments, ICAEArguments, ICAESFTConfig))
     script, icae, config = parser.parse_args_and_config(argv)
     set_seed(config.seed)
-    model = load_model(script, icae)
+    model = load_model(script, icae, cpu=config.use_cpu)
     train, evaluation = load_data(script, config.seed)
     prefix = model._prefix("instruction").tolist()
 

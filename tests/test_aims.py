@@ -57,17 +57,17 @@ def test_the_second_run_goes_on_from_the_tokens_of_the_first(write):
     assert record["slopes"]["embedded-2"]["exponent"] == pytest.approx(1)
 
 
-def test_values_before_and_after_tuning_stand_beside_the_aims(write):
+def test_values_now_and_after_the_first_run_stand_beside_the_aims(write):
     answers = {"summary": {"icae": {"f1_share_of_full_context": 0.94, "f1_share_interval": [0.75, 1.18]}}}
     percent = {"perplexity_increase_percent": 8.0, "perplexity_increase_percent_interval": [7.0, 9.0]}
     continuation = {"models": {"one": {"128": {"icae": percent}}}}
     after, before = reconstruction(0.3, prefix=0.1), reconstruction(0.08)
     record = write(reconstruction=after, pretrained=before, continuation=continuation, answers=answers)
-    columns = {key: [row[key] for row in record["aims"]] for key in ("value", "reached", "before_tuning")}
+    columns = {key: [row[key] for row in record["aims"]] for key in ("value", "reached", "after_first_run")}
     assert columns["value"] == [0.3, 0.96, 0.1, 0.08, 0.94] and columns["reached"] == [False, True, False, True, True]
-    assert columns["before_tuning"] == [0.08, 0.96, 0.7, None, None]
+    assert columns["after_first_run"] == [0.08, 0.96, 0.7, None, None]
     text = tables.aims(record)
-    assert "| autoencoding loss, nats | at most 0.1 | 0.08 | 0.30 | no |" in text and "at their ends" not in text
+    assert "| autoencoding loss, nats | at most 0.1 | 0.08 | 0.30 | no |" in text and "power law" not in text
     assert "| at most 0.1 | – | 0.08 [0.07, 0.09] | yes |" in text
     assert "| at least 0.9 | – | 0.94 [0.75, 1.18] | yes, but not surely |" in text
 

@@ -35,6 +35,7 @@ def test_a_machine_with_an_accelerator_computes_in_bfloat16(takes, monkeypatch):
     takes(bfloat16=8.0, float32=1.0)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     assert resolve_dtype("auto") == torch.bfloat16
+    assert resolve_dtype("auto", cpu=True) == torch.float32  # `use_cpu` of a trainer
 
 
 def test_a_dtype_by_name_is_that_dtype(takes):

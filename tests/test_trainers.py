@@ -236,7 +236,7 @@ def test_icae_pretrain_runs_from_a_file_with_overrides_and_goes_on(command_line)
 def test_the_dtype_that_a_machine_is_fast_in_is_used_and_recorded(command_line, monkeypatch, dtype):
     from icae.cli import main
 
-    monkeypatch.setattr("icae.dtypes.fast_dtype", lambda: getattr(torch, dtype))
+    monkeypatch.setattr("icae.dtypes.fast_dtype", lambda cpu: getattr(torch, dtype))
     config = ["pretrain", "--config", str(command_line / "config.yaml"), "--dtype", "auto", "--max_steps", "1"]
     assert main([*config, "--eval_strategy", "no"]) == 0
     record = json.loads((command_line / "run" / "run.json").read_text())

@@ -67,9 +67,9 @@ class ICAEArguments:
     )
 
 
-def load_model(script: ScriptArguments, icae: ICAEArguments) -> ICAEForConditionalGeneration:
-    """A new model, or the one to go on from."""
-    options: dict[str, Any] = {"dtype": resolve_dtype(script.dtype)}
+def load_model(script: ScriptArguments, icae: ICAEArguments, *, cpu: bool) -> ICAEForConditionalGeneration:
+    """A new model, or the one to go on from. `cpu`: it will be trained there, whatever else there is."""
+    options: dict[str, Any] = {"dtype": resolve_dtype(script.dtype, cpu)}
     if script.attn_implementation:
         options["attn_implementation"] = script.attn_implementation
     embedded = script.base_model == "embedded"

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = TrlParser((SFTArguments, ICAEArguments, ICAESFTConfig))
     script, icae, config = parser.parse_args_and_config(argv)
     set_seed(config.seed)  # before the adapter and the slots get their first values
-    model = load_model(script, icae)
+    model = load_model(script, icae, cpu=config.use_cpu)
     train_dataset, eval_dataset = load_data(script, config.seed)
     if eval_dataset is not None:
         eval_dataset = eval_dataset.shuffle(seed=config.seed).take(script.eval_samples)
