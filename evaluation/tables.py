@@ -261,11 +261,11 @@ def aims(record: Record) -> str:
         first, *later = record["slopes"].values()
         needed = first["tokens_for_aim"]
         meets = f"; drawn on, it meets the aim at {needed / 1e6:.1f} M" if needed else ""
-        ends = [f"the next run, on longer contexts, ended with {_end_of(run)}" for run in later]
+        ends = "".join(f" The next run, on longer contexts, ended with {_end_of(run)}." for run in later)
         slopes = f"""
-Autoencoding loss of the first pretraining run: {_end_of(first)}, and through its second half a power law with the
-exponent {-first["exponent"]:.2f}{meets}. {"; ".join(ends).capitalize() + ". " if ends else ""}The learning rate falls
-towards the end of a run, so the line is optimistic.
+Autoencoding loss of the first pretraining run: {_end_of(first)}, and through its second half
+a power law with the exponent {-first["exponent"]:.2f}{meets}.{ends}
+The learning rate falls towards the end of a run, so the line is optimistic.
 """
     return f"""\
 **Against its aims**: the embedded checkpoint, now and after the first of its two pretraining runs, on held-out text of
