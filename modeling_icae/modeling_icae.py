@@ -132,8 +132,6 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
     ```
     """
 
-    _loss_chunk_size = 128
-
     # ----------------------------------------------------------------------------------------------- text to slots
 
     @torch.no_grad()
@@ -603,6 +601,11 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         """Position id of the decoder's text: in the uniform layout, autoencoding rewrites its context from 1 on."""
         overlay = task == "autoencoding" and self.config.decoder_layout[task] == "uniform"
         return torch.zeros_like(end) if overlay else end
+
+    @property
+    def _loss_chunk_size(self) -> int:
+        """Targets whose logits exist at once: few on a CPU, for its caches; on a GPU each chunk costs its launches."""
+        return 128 if self.memory_embeddings.device.type == "cpu" else 1024
 
     @property
     def end_token_ids(self) -> list[int]:
