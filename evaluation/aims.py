@@ -29,7 +29,7 @@ AIMS = {  # by measure: the least or the most it should be
     "token F1 of answers, of the full context's": ("at least", 0.90),
 }
 LEAST = 3  # evaluations of a run that a slope is drawn through
-RUNS = ("embedded", "embedded-2")  # learning curves of the pretraining, the second going on from the first
+RUNS = ("embedded", "embedded-2", "embedded-3")  # learning curves of the pretraining runs, one after the other
 
 
 def measures(

@@ -52,10 +52,13 @@ def embedded(record: Record) -> str:
     )
     title, links = "**Held-out text back from its slots**", "[reconstruction.json](results/reconstruction.json)"
     if list(record["models"]) == ["embedded"]:
-        title = "**The embedded checkpoint** (SmolLM2-135M-Instruct, 4x, trained on one CPU core) on held-out text"
+        title = (
+            "**The embedded checkpoint** (SmolLM2-135M-Instruct, 4x, trained on one CPU core, then minutes on a GPU)"
+            " on held-out text"
+        )
         links += """; learning curves:
-[first](results/embedded.png), [second](results/embedded-2.png) run, tuning: [first](results/sft.png),
-[second](results/sft-2.png) run"""
+[first](results/embedded.png), [second](results/embedded-2.png), [third](results/embedded-3.png) run,
+tuning: [first](results/sft.png), [second](results/sft-2.png), [third](results/sft-3.png) run"""
     return f"""\
 {title},
 {record["context_tokens"]:,} tokens in contexts of {contexts} ({links}):
@@ -268,8 +271,8 @@ a power law with the exponent {-first["exponent"]:.2f}{meets}.{ends}
 The learning rate falls towards the end of a run, so the line is optimistic.
 """
     return f"""\
-**Against its aims**: the embedded checkpoint, now and after the first of its two pretraining runs, on held-out text of
-{record["length"]} tokens, and its answers to all prompts ([aims.json](results/aims.json)):
+**Against its aims**: the embedded checkpoint, now and after the first of its three pretraining runs, on held-out text
+of {record["length"]} tokens, and its answers to all prompts ([aims.json](results/aims.json)):
 
 {table(["", "aim", "after the first pretraining run", "now", "reached"], rows)}
 
