@@ -30,7 +30,7 @@ def samples(dataset):
 
 @pytest.fixture
 def make_trainer(make_icae, tmp_path):
-    def make(folder="run", model=None, data=TRIPLES, **options):
+    def make(folder="run", model=None, data=TRIPLES, documents=None, **options):
         defaults = {
             "output_dir": str(tmp_path / folder),
             "per_device_train_batch_size": 2,
@@ -39,7 +39,7 @@ def make_trainer(make_icae, tmp_path):
             "max_new_tokens": 4,
         }
         args = ICAESFTConfig(**(SHORT_RUN | defaults | options))
-        return ICAESFTTrainer(model or make_icae(lora_dropout=0.1), args, data, data)
+        return ICAESFTTrainer(model or make_icae(lora_dropout=0.1), args, data, data, documents=documents)
 
     return make
 
@@ -165,6 +165,41 @@ def test_the_share_of_pretraining_samples_is_as_asked_and_does_not_depend_on_bat
         assert all(sample["context_ids"] and not sample["prompt_ids"] for sample in extra)
         streamed = prepare_sft_dataset(data.to_iterable_dataset(3), model, pretraining_share=share, seed=1)
         assert samples(streamed) == mixed
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_documents_give_the_mixed_in_samples_in_place_of_the_contexts(make_icae, streamed):
+    model, share = make_icae(), 0.6
+    letters = [chr(97 + number) * 90 for number in range(7)]  # texts whose samples can be told apart
+    data = Dataset.from_dict({name: list(TRIPLES[name]) * 50 for name in TRIPLES.column_names})
+    documents = Dataset.from_dict({"text": letters})
+    if streamed:
+        data, documents = data.to_iterable_dataset(), documents.to_iterable_dataset()
+    options = {"pretraining_share": share, "max_spans": 3, "continuation_length": 5, "seed": 1}
+    mixed = samples(prepare_sft_dataset(data, model, documents=documents, **options))
+    extra = [sample for sample in mixed if not sample["response_ids"]]
+    assert abs(len(extra) / len(mixed) - share) < 0.08
+    asked = [sample for sample in mixed if sample["response_ids"]]
+    assert asked == samples(prepare_sft_dataset(data, model))  # every triple once, in its order
+    texts = model.tokenizer.batch_decode([sample["context_ids"] + sample["continuation_ids"] for sample in extra])
+    assert {text[0] for text in texts} == {letter[0] for letter in letters}
+    assert all(len(set(text)) == 1 for text in texts)
+    lengths = {len(sample["context_ids"]) for sample in extra}
+    assert {16, 32, 48} <= lengths and max(lengths) == 48
+    assert all(sample["context_lengths"] == [sample["length"]] for sample in extra)
+    assert samples(prepare_sft_dataset(data, model, documents=documents, **options)) == mixed
+
+
+def test_documents_without_a_share_are_refused(make_icae):
+    documents = Dataset.from_dict({"text": CONTEXTS})
+    with pytest.raises(ValueError, match="Expected a `pretraining_share` above 0 with `documents`, got 0"):
+        prepare_sft_dataset(TRIPLES, make_icae(), documents=documents)
+
+
+def test_documents_beside_finished_samples_are_refused(make_trainer, make_icae):
+    prepared = prepare_sft_dataset(TRIPLES, make_icae())
+    with pytest.raises(ValueError, match="Expected triples with `documents`, got samples"):
+        make_trainer(data=prepared, documents=Dataset.from_dict({"text": CONTEXTS}))
 
 
 def test_rows_that_are_too_long_are_left_out_and_counted(make_icae, caplog, monkeypatch):
@@ -344,6 +379,21 @@ def test_icae_sft_runs_from_a_file_and_goes_on(config_file):
     history = json.loads((run / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4]
     assert ICAEForConditionalGeneration.from_pretrained(run).config.span_length == 16
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_icae_sft_trains_answers_and_the_reconstruction_of_documents(config_file, streaming):
+    from icae.cli import main
+
+    folder = config_file.parent
+    Dataset.from_dict({"text": ["A document that no prompt is about. " * 3] * 5}).to_parquet(
+        folder / "documents.parquet"
+    )
+    options = ["--document_files", str(folder / "documents.parquet"), "--pretraining_share", "0.5"]
+    options += ["--max_steps", "6", "--eval_strategy", "no", "--streaming", streaming]
+    assert main(["sft", "--config", str(config_file), *options]) == 0
+    history = json.loads((folder / "run" / "trainer_state.json").read_text())["log_history"]
+    assert all(any(name in entry for entry in history) for name in ("response_loss", "ae_loss", "lm_loss"))
 
 
 def test_the_teacher_writes_responses_to_tune_on(config_file, make_icae, capsys):

@@ -109,8 +109,7 @@ class ICAETrainer(SFTTrainer):
         # SFTTrainer replaces `forward` by one that knows only plain language models; the class's own comes back.
         self.model.__dict__.pop("forward", None)
 
-    @staticmethod
-    def _prepare(dataset, model: ICAEForConditionalGeneration, args, training: bool):
+    def _prepare(self, dataset, model: ICAEForConditionalGeneration, args, training: bool):
         """The samples that the collator takes."""
         raise NotImplementedError
 

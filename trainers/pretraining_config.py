@@ -11,9 +11,6 @@ class ICAEPretrainingConfig(ICAETrainingConfig):
     Arguments of [`ICAEPretrainingTrainer`], besides those of [`ICAETrainingConfig`].
 
     Args:
-        max_spans (`int`, *optional*, defaults to `2`):
-            Contexts have 1 to `max_spans` whole spans. Paper, section 3.3.3: concatenated memories work only if a few
-            samples of several spans are trained on.
         short_share (`float`, *optional*, defaults to `0.1`):
             Share of contexts that are cut short at a random length, so that lengths other than whole spans are known.
         eval_reconstructions (`int`, *optional*, defaults to `8`):
@@ -22,7 +19,6 @@ class ICAEPretrainingConfig(ICAETrainingConfig):
             Column of the data set that holds the documents.
     """
 
-    max_spans: int = field(default=2, metadata={"help": "Contexts have 1 to `max_spans` whole spans."})
     short_share: float = field(default=0.1, metadata={"help": "Share of contexts cut short at a random length."})
     eval_reconstructions: int = field(
         default=8, metadata={"help": "Held-out contexts that are decoded at each evaluation."}

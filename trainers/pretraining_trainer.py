@@ -35,8 +35,7 @@ class ICAEPretrainingTrainer(ICAETrainer):
     args: ICAEPretrainingConfig
     _collator = DataCollatorForICAEPretraining
 
-    @staticmethod
-    def _prepare(dataset, model: ICAEForConditionalGeneration, args: ICAEPretrainingConfig, training: bool):
+    def _prepare(self, dataset, model: ICAEForConditionalGeneration, args: ICAEPretrainingConfig, training: bool):
         if "context_ids" in (dataset.column_names or ()):
             return dataset
         samples = prepare_pretraining_dataset(

@@ -85,13 +85,18 @@ def load_model(script: ScriptArguments, icae: ICAEArguments, *, cpu: bool) -> IC
     return ICAEForConditionalGeneration.from_base(base, config, **options)
 
 
+def load_parquet(files: list[str], streaming: bool = False):
+    """The rows of local Parquet files."""
+    return load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+
+
 def load_data(script: ScriptArguments, seed: int):
     """The data sets to train and to evaluate on."""
     streaming, evaluation = script.streaming, None
     if script.train_files:
-        train = load_dataset("parquet", data_files=script.train_files, split="train", streaming=streaming)
+        train = load_parquet(script.train_files, streaming)
         if script.eval_files:
-            evaluation = load_dataset("parquet", data_files=script.eval_files, split="train")
+            evaluation = load_parquet(script.eval_files)
     elif script.dataset_name:
         name = (script.dataset_name, script.dataset_config)
         train = load_dataset(*name, split=script.train_split, streaming=streaming)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from transformers import EarlyStoppingCallback, set_seed
 from trl import TrlParser
 
-from .scripts import ICAEArguments, ScriptArguments, load_data, load_model, run
+from .scripts import ICAEArguments, ScriptArguments, load_data, load_model, load_parquet, run
 from .sft_config import ICAESFTConfig
 from .sft_trainer import ICAESFTTrainer
 
@@ -20,6 +20,10 @@ from .sft_trainer import ICAESFTTrainer
 class SFTArguments(ScriptArguments):
     """What to tune, and on what."""
 
+    document_files: list[str] | None = field(
+        default=None,
+        metadata={"help": "Local Parquet files of texts that mixed-in samples are cut from, instead of the contexts."},
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Evaluations without a better `metric_for_best_model` before the run ends."},
@@ -34,10 +38,11 @@ def main(argv: list[str] | None = None) -> None:
     train_dataset, eval_dataset = load_data(script, config.seed)
     if eval_dataset is not None:
         eval_dataset = eval_dataset.shuffle(seed=config.seed).take(script.eval_samples)
+    documents = load_parquet(script.document_files, script.streaming) if script.document_files else None
     callbacks = []
     if script.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(script.early_stopping_patience))
-    trainer = ICAESFTTrainer(model, config, train_dataset, eval_dataset, callbacks=callbacks)
+    trainer = ICAESFTTrainer(model, config, train_dataset, eval_dataset, callbacks=callbacks, documents=documents)
     if script.streaming:
         # Samples of one kind stand together in sets of this kind.
         trainer.train_dataset = trainer.train_dataset.shuffle(seed=config.seed, buffer_size=10_000)

@@ -8,24 +8,36 @@ only, not on workers or processes.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from math import ceil
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value, interleave_datasets
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
 from icae.modeling_icae import ICAEForConditionalGeneration
 from icae.modeling_icae.chat_icae import encode_contexts, encode_prompt, encode_response
 
-from .pretraining_data import AnyDataset, cut_document, pad_samples
+from .pretraining_data import AnyDataset, cut_document, pad_samples, prepare_pretraining_dataset
 
 
 logger = logging.get_logger(__name__)
 
 PWC_NAMES = {"input": "context", "answer": "response"}  # `sggetao/PwC`
-MIXED_SPANS = 2  # of the samples that train reconstruction
+IDS = List(Value("int64"))
+FEATURES = Features(  # of the samples; those of one kind alone would leave the types of empty lists open
+    {
+        "context_ids": IDS,
+        "context_lengths": IDS,
+        "continuation_ids": IDS,
+        "prompt_ids": List(IDS),
+        "response_ids": List(IDS),
+        "length": Value("int64"),
+    }
+)
+SHORT_SHARE = 0.1  # of the samples that train reconstruction: cut short at a random length
 
 
 def prepare_sft_dataset(
@@ -34,6 +46,8 @@ def prepare_sft_dataset(
     *,
     max_prompts: int = 1,
     pretraining_share: float = 0.0,
+    documents: AnyDataset | None = None,
+    max_spans: int = 2,
     continuation_length: int = 32,
     max_context_length: int | None = None,
     seed: int = 0,
@@ -54,14 +68,22 @@ def prepare_sft_dataset(
             Neighbouring rows with the same context become one sample of up to so many prompts, which share the
             context's encoder pass. Shuffle the samples, not the rows.
         pretraining_share (`float`, *optional*, defaults to 0.0):
-            Share of samples that train reconstruction and continuation. They come beside the rows they are cut from.
+            Share of samples that train reconstruction and continuation. They come beside the rows whose contexts they
+            are cut from, or from `documents`.
+        documents (`Dataset` or `IterableDataset`, *optional*):
+            Rows of `text`, as in pretraining, streamed if the triples are. With them, these samples are cut from
+            texts of all kinds, not from the contexts of the triples: what no triple is about is not forgotten either.
+            They repeat until every triple was taken once.
+        max_spans (`int`, *optional*, defaults to 2): such a sample has 1 to `max_spans` whole spans.
         continuation_length (`int`, *optional*, defaults to 32): tokens of the continuation of such a sample.
         max_context_length (`int`, *optional*): rows with more context tokens are left out. A warning counts them.
         seed (`int`, *optional*, defaults to 0): of the choice of these samples.
 
     Raises:
-        `ValueError`: if columns are missing, or a text is empty.
+        `ValueError`: if columns are missing, a text is empty, or there are `documents` and no share for them.
     """
+    if documents is not None and not pretraining_share:
+        raise ValueError("Expected a `pretraining_share` above 0 with `documents`, got 0; say how many to mix in.")
     columns = dataset.column_names or list(next(iter(dataset)))  # a streamed data set may not know its columns
     if set(columns) >= {"input", "prompt", "answer"}:
         dataset = dataset.rename_columns(PWC_NAMES)
@@ -76,6 +98,8 @@ def prepare_sft_dataset(
     tokenizer, end_token_ids, span_length = model.tokenizer, model.end_token_ids, model.config.span_length
     positions = getattr(model.config.text_config, "max_position_embeddings", None)
     prefix_length = len(model._prefix("instruction"))
+    mixed_in = pretraining_share / (1 - pretraining_share)  # samples per sample with prompts
+    cuts_per_sample = 0 if documents is not None else mixed_in
 
     def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
         prompt, response = _prompt_and_response(row)
@@ -111,27 +135,17 @@ def prepare_sft_dataset(
         for index, row in gather(batch, indices):
             rows.append(row | {"length": len(row["context_ids"])})
             rng = np.random.default_rng([seed, index])
-            expected = pretraining_share / (1 - pretraining_share)
-            for _ in range(int(expected + rng.random())):
+            for _ in range(int(cuts_per_sample + rng.random())):
                 cuts = cut_document(
                     row["context_ids"],
                     rng,
                     span_length=span_length,
-                    max_spans=MIXED_SPANS,
-                    short_share=0.1,
+                    max_spans=max_spans,
+                    short_share=SHORT_SHARE,
                     continuation_length=continuation_length,
                 )
                 context, continuation = cuts[rng.integers(len(cuts))]
-                rows.append(
-                    {
-                        "context_ids": context,
-                        "context_lengths": [len(context)],
-                        "continuation_ids": continuation,
-                        "prompt_ids": [],
-                        "response_ids": [],
-                        "length": len(context),
-                    }
-                )
+                rows.append(_without_prompts({"context_ids": context, "continuation_ids": continuation}))
         return {name: [row[name] for row in rows] for name in rows[0]}
 
     encoded = dataset.map(encode, with_indices=True, remove_columns=columns)
@@ -141,7 +155,33 @@ def prepare_sft_dataset(
             f"Left out {len(encoded) - len(fitting)} of {len(encoded)} rows, which are longer than "
             f"`max_context_length` ({max_context_length}) or than what the base has positions for ({positions})."
         )
-    return fitting.map(mix, batched=True, with_indices=True, batch_size=64)
+    samples = fitting.map(mix, batched=True, with_indices=True, batch_size=64, features=FEATURES)
+    if documents is None:
+        return samples
+    cut = prepare_pretraining_dataset(
+        documents,
+        tokenizer,
+        span_length=span_length,
+        max_spans=max_spans,
+        short_share=SHORT_SHARE,
+        continuation_length=continuation_length,
+        seed=seed,
+    )
+    cut = cut.map(_without_prompts, features=FEATURES)
+    if isinstance(samples, Dataset):
+        cut = cut.shuffle(seed=seed)
+        # Twice as many as expected, so that the triples are the first to run out.
+        cut = cut.repeat(ceil(2 * mixed_in * len(samples) / len(cut)) + 1)
+    else:
+        cut = cut.shuffle(seed=seed, buffer_size=10_000).repeat(None)
+    shares = [1 - pretraining_share, pretraining_share]
+    return interleave_datasets([samples, cut], probabilities=shares, seed=seed)
+
+
+def _without_prompts(sample: dict[str, Any]) -> dict[str, Any]:
+    """A sample of reconstruction and continuation alone."""
+    length = len(sample["context_ids"])
+    return sample | {"context_lengths": [length], "prompt_ids": [], "response_ids": [], "length": length}
 
 
 def _context_of(row: dict[str, Any]) -> tuple[list[int], list[int]]:

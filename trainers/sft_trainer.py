@@ -26,6 +26,8 @@ class ICAESFTTrainer(ICAETrainer):
             The arguments.
         train_dataset, eval_dataset (`Dataset` or `IterableDataset`):
             Triples, see [`prepare_sft_dataset`] for the columns, or samples from it.
+        documents (`Dataset` or `IterableDataset`, *optional*):
+            Texts that the mixed-in samples are cut from, instead of the contexts, see [`prepare_sft_dataset`].
         processing_class, callbacks, optimizers:
             As in [`ICAETrainer`].
     """
@@ -34,15 +36,22 @@ class ICAESFTTrainer(ICAETrainer):
     args: ICAESFTConfig
     _collator = DataCollatorForICAESFT
 
-    @staticmethod
-    def _prepare(dataset, model: ICAEForConditionalGeneration, args: ICAESFTConfig, training: bool):
+    def __init__(self, model, args, train_dataset, eval_dataset=None, *arguments, documents=None, **options):
+        self._documents = documents
+        super().__init__(model, args, train_dataset, eval_dataset, *arguments, **options)
+
+    def _prepare(self, dataset, model: ICAEForConditionalGeneration, args: ICAESFTConfig, training: bool):
         if "context_ids" in (dataset.column_names or ()):
+            if training and self._documents is not None:
+                raise ValueError("Expected triples with `documents`, got samples; give `documents` to what made them.")
             return dataset
         return prepare_sft_dataset(
             dataset,
             model,
             max_prompts=args.max_prompts if training else 1,
             pretraining_share=args.pretraining_share if training else 0.0,
+            documents=self._documents if training else None,
+            max_spans=args.max_spans,
             continuation_length=args.continuation_length,
             max_context_length=args.max_context_length,
             seed=args.seed if args.data_seed is None else args.data_seed,

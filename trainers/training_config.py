@@ -18,11 +18,17 @@ class ICAETrainingConfig(SFTConfig):
             are its ablations (table 5).
         continuation_length (`int`, *optional*, defaults to `32`):
             Tokens behind the context that the continuation task predicts; 0 trains autoencoding only.
+        max_spans (`int`, *optional*, defaults to `2`):
+            Contexts that these two tasks are trained on have 1 to `max_spans` whole spans. Paper, section 3.3.3:
+            concatenated memories work only if a few samples of several spans are trained on.
     """
 
     autoencoding_weight: float = field(default=0.5, metadata={"help": "Weight λ of autoencoding. Paper: 0.4 to 0.6."})
     continuation_length: int = field(
         default=32, metadata={"help": "Tokens of the continuation task; 0 trains autoencoding only."}
+    )
+    max_spans: int = field(
+        default=2, metadata={"help": "Contexts of these two tasks have 1 to `max_spans` whole spans."}
     )
 
     # Parameters whose default values are overridden from SFTConfig
