@@ -1,10 +1,10 @@
 """
 Where the embedded checkpoint stands against its aims: `icae evaluate aims`, from other files in `results/`.
 
-What it measured, now and after the first of its two pretraining runs (`pretrained.json`), and what the slope of its
+What it measured, now and after the first of its pretraining runs (`pretrained.json`), and what the slope of its
 pretraining says about the tokens still needed: a power law through the second half of each run, drawn on to the aim.
 The learning rate falls towards the end of a run, which makes the loss fall faster than it would go on, so this is
-optimistic.
+optimistic. Which commit, date and dtype the measured files are of stands beside them.
 """
 
 import argparse
@@ -29,7 +29,8 @@ AIMS = {  # by measure: the least or the most it should be
     "token F1 of answers, of the full context's": ("at least", 0.90),
 }
 LEAST = 3  # evaluations of a run that a slope is drawn through
-RUNS = ("embedded", "embedded-2", "embedded-3")  # learning curves of the pretraining runs, one after the other
+# Learning curves of the runs of both stages, each from the end of the one before it.
+RUNS = ("embedded", "embedded-2", "sft", "sft-2", "embedded-3", "sft-3", "embedded-4", "sft-4")
 
 
 def measures(
@@ -40,14 +41,14 @@ def measures(
     length, but of answers to all prompts. Each value comes with its interval of 95%, where there is one.
     """
     loss, bleu, prefix, perplexity, f1 = AIMS
-    found = _only_model(reconstruction)["by_length"][str(length)]
+    found = _of_length(_only_model(reconstruction)["by_length"], length, "reconstruction")
     values: dict[str, Measured] = {
         loss: (found["ae_loss"], found.get("ae_loss_interval")),
-        bleu: (found["bleu"], None),
+        bleu: (found.get("bleu"), None),
         prefix: (found["exact_prefix"], None),
     }
     if continuation is not None:
-        found = _only_model(continuation)[str(length)]["icae"]
+        found = _of_length(_only_model(continuation), length, "continuation")["icae"]
         percent, bounds = found["perplexity_increase_percent"], found.get("perplexity_increase_percent_interval")
         values[perplexity] = percent / 100, bounds and [bound / 100 for bound in bounds]
     if answers is not None and "f1_share_of_full_context" in (row := answers["summary"]["icae"]):
@@ -72,6 +73,41 @@ def slope(tokens: list[float], losses: list[float], aim: float) -> Record:
     return {"loss": losses[-1], "tokens": tokens[-1], "exponent": float(-gradient), "tokens_for_aim": needed}
 
 
+def slopes(curves: dict[str, Record], aim: float) -> Record:
+    """
+    The [`slope`] of each pretraining run that was evaluated often enough, over the context tokens of all runs so far,
+    also of those of the instruction stage between them.
+
+    Raises:
+        `ValueError`: if a file holds curves of several runs.
+    """
+    found, seen = {}, 0.0
+    for name, record in curves.items():
+        if len(record["runs"]) != 1:
+            raise ValueError(f"Expected the curve of one run in {name}.json, got those of {list(record['runs'])}.")
+        (run,) = record["runs"].values()
+        if len(run.get("ae_loss", ())) >= LEAST:
+            found[name] = slope([seen + tokens for tokens in run["context_tokens"]], run["ae_loss"], aim)
+        seen += run["context_tokens"][-1]
+    return found
+
+
+def _of_length(by_length: Record, length: int, name: str) -> Record:
+    if str(length) not in by_length:
+        raise ValueError(
+            f"Expected results of {length} tokens in {name}.json, got those of {', '.join(by_length)}; "
+            f"measure them, or give another `--length`."
+        )
+    return by_length[str(length)]
+
+
+def _source(record: Record) -> Record:
+    made_by = record.get("made_by", {})
+    return {name: made_by.get(name) for name in ("commit", "date")} | {
+        "dtype": record.get("arguments", {}).get("dtype")
+    }
+
+
 def _only_model(record: Record) -> Record:
     if len(record["models"]) != 1:
         raise ValueError(f"Expected results of one model, got those of {list(record['models'])}; measure one.")
@@ -94,8 +130,8 @@ def main(argv: list[str] | None = None) -> None:
     reconstruction = read("reconstruction")
     if reconstruction is None:
         raise ValueError(f"Expected reconstruction.json in {str(results)!r}, got none: `make evaluate` writes it.")
-    now = measures(length, reconstruction, read("continuation"), read("answers"))
-    pretrained = read("pretrained")
+    continuation, answers, pretrained = read("continuation"), read("answers"), read("pretrained")
+    now = measures(length, reconstruction, continuation, answers)
     before = measures(length, pretrained, None, None) if pretrained else {}
     rows = []
     for name, (side, aim) in AIMS.items():
@@ -103,17 +139,15 @@ def main(argv: list[str] | None = None) -> None:
         row = {"measure": name, "aim": f"{side} {aim}", "value": value, "interval": interval}
         if value is not None:
             row |= {"reached": reached(name, value)}
-            row |= {"surely_reached": all(reached(name, bound) for bound in interval or [value])}
+            row |= {"surely_reached": interval and all(reached(name, bound) for bound in interval)}
         rows.append(row | {"after_first_run": before.get(name, NOT_MEASURED)[0]})
     loss, (_, aim) = next(iter(AIMS.items()))
-    slopes, seen = {}, 0.0
-    for name in RUNS:
-        if (curves := read(name)) and len(next(iter(curves["runs"].values()))["ae_loss"]) >= LEAST:
-            (run,) = curves["runs"].values()
-            slopes[name] = slope([seen + tokens for tokens in run["context_tokens"]], run["ae_loss"], aim)
-            seen = slopes[name]["tokens"]
+    curves = {name: curve for name in RUNS if (curve := read(name)) is not None}
+    files = {"reconstruction": reconstruction, "continuation": continuation, "answers": answers}
+    files |= {"pretrained": pretrained}
     record = {"what": "the embedded checkpoint against its aims", "length": length, "aims": rows}
-    record |= {"slope_of": loss, "slopes": slopes}
+    record |= {"slope_of": loss, "slopes": slopes(curves, aim)}
+    record |= {"measured_by": {name: _source(file) for name, file in files.items() if file is not None}}
     write_record(results / "aims.json", record, command=command_line(parser, argv))
     for row in rows:
         print(f"{row['measure']:55s} {row['aim']:14s} {row['value']}  after the first run {row['after_first_run']}")

@@ -42,7 +42,8 @@ def read_run(folder: Path, loss: str) -> dict[str, Any]:
     evaluations = [entry for entry in state["log_history"] if f"eval_{loss}" in entry]
     return {
         "config": {name: config[name] for name in FIELDS},
-        "trained": {name: made[name] for name in ("steps", "seed", "made_by") if name in made},
+        "trained": {name: made[name] for name in ("steps", "seed", "made_by") if name in made}
+        | {"dtype": made["arguments"]["dtype"] if made else None},  # of the base
         "context_tokens": [entry["eval_num_tokens"] for entry in evaluations],
         **{
             column: [entry[f"eval_{column}"] for entry in evaluations]

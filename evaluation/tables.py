@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from icae.evaluation.aims import RUNS
+
 
 Record = dict[str, Any]
 ANSWERS = {  # measures of answers, and the heads of their columns
@@ -52,13 +54,9 @@ def embedded(record: Record) -> str:
     )
     title, links = "**Held-out text back from its slots**", "[reconstruction.json](results/reconstruction.json)"
     if list(record["models"]) == ["embedded"]:
-        title = (
-            "**The embedded checkpoint** (SmolLM2-135M-Instruct, 4x, trained on one CPU core, then minutes on a GPU)"
-            " on held-out text"
-        )
-        links += """; learning curves:
-[first](results/embedded.png), [second](results/embedded-2.png), [third](results/embedded-3.png) run,
-tuning: [first](results/sft.png), [second](results/sft-2.png), [third](results/sft-3.png) run"""
+        title = "**The embedded checkpoint** (SmolLM2-135M-Instruct, 4x) on held-out text"
+        runs = ", ".join(f"[{name}](results/{name}.png)" for name in RUNS)
+        links += f";\n[how it was trained](results/README.md), run by run: {runs}"
     return f"""\
 {title},
 {record["context_tokens"]:,} tokens in contexts of {contexts} ({links}):
@@ -264,14 +262,19 @@ def aims(record: Record) -> str:
         first, *later = record["slopes"].values()
         needed = first["tokens_for_aim"]
         meets = f"; drawn on, it meets the aim at {needed / 1e6:.1f} M" if needed else ""
-        ends = "".join(f" The next run, on longer contexts, ended with {_end_of(run)}." for run in later)
+        ends = (
+            f" Later runs ended with {', '.join(map(_end_of, later))}, of both stages together; their\n"
+            if later
+            else ""
+        )
+        ends += "held-out contexts are longer than the first's." if later else ""
         slopes = f"""
 Autoencoding loss of the first pretraining run: {_end_of(first)}, and through its second half
 a power law with the exponent {-first["exponent"]:.2f}{meets}.{ends}
 The learning rate falls towards the end of a run, so the line is optimistic.
 """
     return f"""\
-**Against its aims**: the embedded checkpoint, now and after the first of its three pretraining runs, on held-out text
+**Against its aims**: the embedded checkpoint, now and after the first of its pretraining runs, on held-out text
 of {record["length"]} tokens, and its answers to all prompts ([aims.json](results/aims.json)):
 
 {table(["", "aim", "after the first pretraining run", "now", "reached"], rows)}
@@ -366,8 +369,9 @@ def _end_of(run: Record) -> str:
     return f"{run['loss']:.2f} nats at {run['tokens'] / 1e6:.2f} M context tokens"
 
 
-def _verdict(reached: bool, surely: bool) -> str:
-    return "no" if not reached else "yes" if surely else "yes, but not surely"
+def _verdict(reached: bool, surely: bool | None) -> str:
+    """`surely`: the whole interval reaches the aim; `None` where no interval is known."""
+    return "no" if not reached else "yes, but not surely" if surely is False else "yes"
 
 
 def _lengths(lengths: list[int]) -> str:

@@ -57,6 +57,44 @@ def test_the_second_run_goes_on_from_the_tokens_of_the_first(write):
     assert record["slopes"]["embedded-2"]["exponent"] == pytest.approx(1)
 
 
+def test_tokens_of_instruction_stages_between_pretraining_runs_count(write):
+    answers = {"runs": {"one": {"context_tokens": [5, 10], "response_loss": [2, 1]}}}
+    first, third = curves([1, 2, 4], [4, 2, 1]), curves([0, 6, 10], [0.5, 0.25, 0.125])
+    record = write(reconstruction=reconstruction(0.1), **{"embedded": first, "sft": answers, "embedded-3": third})
+    assert list(record["slopes"]) == ["embedded", "embedded-3"]
+    assert record["slopes"]["embedded-3"]["tokens"] == 24
+
+
+def test_a_short_curve_has_no_slope_but_its_tokens_count(write):
+    short, third = curves([1, 4], [4, 2]), curves([0, 6, 10], [0.5, 0.25, 0.125])
+    record = write(reconstruction=reconstruction(0.1), **{"embedded": short, "embedded-3": third})
+    assert {name: found["tokens"] for name, found in record["slopes"].items()} == {"embedded-3": 14}
+
+
+def test_a_file_with_curves_of_several_runs_is_refused(write, capsys):
+    several = {"runs": curves([1, 2], [2, 1])["runs"] | {"two": {}}}
+    with pytest.raises(AssertionError):
+        write(reconstruction=reconstruction(0.1), embedded=several)
+    assert "Expected the curve of one run in embedded.json, got those of ['one', 'two']" in capsys.readouterr().err
+
+
+def test_a_length_that_was_not_measured_is_named(write, tmp_path, capsys):
+    write(reconstruction=reconstruction(0.1))
+    assert main(["evaluate", "aims", "--results", str(tmp_path / "results"), "--length", "64"]) == 2
+    assert "Expected results of 64 tokens in reconstruction.json, got those of 128" in capsys.readouterr().err
+
+
+def test_the_files_that_were_measured_say_when_and_in_which_dtype(write):
+    made = {"made_by": {"commit": "c0ffee", "date": "2026-11-27"}, "arguments": {"dtype": "float32"}}
+    record = write(reconstruction=reconstruction(0.1) | made)
+    assert record["measured_by"] == {"reconstruction": made["made_by"] | {"dtype": "float32"}}
+
+
+def test_a_value_without_an_interval_is_not_sure(write):
+    record = write(reconstruction=reconstruction(0.1))
+    assert record["aims"][0]["reached"] and record["aims"][0]["surely_reached"] is None
+
+
 def test_values_now_and_after_the_first_run_stand_beside_the_aims(write):
     answers = {"summary": {"icae": {"f1_share_of_full_context": 0.94, "f1_share_interval": [0.75, 1.18]}}}
     percent = {"perplexity_increase_percent": 8.0, "perplexity_increase_percent_interval": [7.0, 9.0]}

@@ -381,6 +381,15 @@ def test_icae_sft_runs_from_a_file_and_goes_on(config_file):
     assert ICAEForConditionalGeneration.from_pretrained(run).config.span_length == 16
 
 
+def test_a_run_does_not_go_on_with_a_base_in_another_dtype(config_file, capsys):
+    from icae.cli import main
+
+    assert main(["sft", "--config", str(config_file), "--max_steps", "1"]) == 0
+    assert main(["sft", "--config", str(config_file), "--resume", "true", "--dtype", "bfloat16"]) == 2
+    error = capsys.readouterr().err
+    assert "Expected a base in float32, with which the run in" in error and "set `--dtype float32`" in error
+
+
 @pytest.mark.parametrize("streaming", ["false", "true"])
 def test_icae_sft_trains_answers_and_the_reconstruction_of_documents(config_file, streaming):
     from icae.cli import main

@@ -1,5 +1,6 @@
 """What `icae pretrain` and `icae sft` share: their arguments, the model, the data, the run."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,14 +122,29 @@ def data_sources(script: ScriptArguments) -> list[DataSource]:
 
 
 def run(trainer: ICAETrainer, script: ScriptArguments, icae: ICAEArguments) -> None:
-    """Trains, from the last checkpoint if the script says so, and saves the model, its state and the arguments."""
+    """
+    Trains, from the last checkpoint if the script says so, and saves the model, its state and the arguments.
+
+    Raises:
+        `ValueError`: if the run was begun with a base in another dtype.
+    """
     output_dir = trainer.args.output_dir
+    file = Path(output_dir, "run.json")
+    checkpoint = last_checkpoint(output_dir) if script.resume else None
+    dtype = str(trainer.model.language_model.dtype).removeprefix("torch.")
+    record = {"arguments": vars(script) | vars(icae) | {"dtype": dtype}, "seed": trainer.args.seed}
+    if checkpoint is None:
+        if trainer.is_world_process_zero():
+            write_record(file, record)
+    elif file.is_file() and (begun := json.loads(file.read_text())["arguments"]["dtype"]) != dtype:
+        raise ValueError(
+            f"Expected a base in {begun}, with which the run in {output_dir!r} was begun, got {dtype}: it would not "
+            f"go on exactly. `auto` depends on the machine; set `--dtype {begun}`."
+        )
     trainer.card.license, trainer.card.language = script.license, script.language or []
     trainer.card.data = data_sources(script)
-    trainer.train(resume_from_checkpoint=last_checkpoint(output_dir) if script.resume else None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        done = {"steps": trainer.state.global_step, "seed": trainer.args.seed}
-        used = {"dtype": str(trainer.model.language_model.dtype).removeprefix("torch.")}
-        write_record(Path(output_dir, "run.json"), {"arguments": vars(script) | vars(icae) | used, **done})
+        write_record(file, record | {"steps": trainer.state.global_step})
