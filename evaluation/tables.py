@@ -305,7 +305,8 @@ def families(record: Record) -> str:
         for name, run in record["runs"].items()
     ]
     return f"""\
-**On other families**: the same recipe on small bases that were trained from nothing, for minutes
+**On other families**: keys and values, uniform layouts and 64-token spans, as in the last row above, but with a
+learning rate and batch of their own, on small bases that were trained from nothing, for minutes
 (`python -m icae.evaluation.small_base`, `icae sweep evaluation/sweeps/families.yaml`;
 [curves](results/families.png)):
 

@@ -9,7 +9,13 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from icae import ICAEForConditionalGeneration
-from icae.trainers import DataCollatorForICAESFT, ICAESFTConfig, ICAESFTTrainer, prepare_sft_dataset
+from icae.trainers import (
+    DataCollatorForICAEPretraining,
+    DataCollatorForICAESFT,
+    ICAESFTConfig,
+    ICAESFTTrainer,
+    prepare_sft_dataset,
+)
 from tiny import SHORT_RUN, make_base
 
 
@@ -323,6 +329,26 @@ def test_evaluation_reports_the_control_and_real_answers(make_trainer):
     names = ("response_loss", "response_accuracy", "response_loss_other_text", "f1", "exact_match")
     assert {f"eval_{name}" for name in names} <= set(logged)
     assert logged["eval_response_loss"] != logged["eval_response_loss_other_text"]
+
+
+def test_evaluation_shows_what_tuning_costs_reconstruction(make_trainer):
+    trainer = make_trainer(pretraining_share=0.25, autoencoding_weight=0.4)
+    trainer.evaluate()
+    logged = trainer.state.log_history[-1]
+    model = trainer.model.eval()
+    with torch.no_grad():
+        expected = model(**DataCollatorForICAEPretraining()(samples(trainer.eval_dataset))).loss.item()
+    assert logged["eval_ae_loss"] == pytest.approx(expected, rel=1e-4)
+    assert logged["eval_ae_loss_other_text"] != logged["eval_ae_loss"]
+    weighed = 0.75 * logged["eval_response_loss"] + 0.25 * logged["eval_ae_loss"]
+    assert logged["eval_loss"] == pytest.approx(weighed, rel=1e-4)
+
+
+def test_evaluation_without_a_share_is_of_answers_alone(make_trainer):
+    trainer = make_trainer(pretraining_share=0)
+    trainer.evaluate()
+    logged = trainer.state.log_history[-1]
+    assert "eval_ae_loss" not in logged and logged["eval_loss"] == pytest.approx(logged["eval_response_loss"])
 
 
 def test_packing_is_refused_with_the_reason(tmp_path):

@@ -17,7 +17,8 @@ class ICAESFTTrainer(ICAETrainer):
     Tunes an ICAE on (context, prompt, response) triples: the context is compressed, and the frozen base answers the
     prompt from the slots. The loss is on the response only.
 
-    Besides what [`ICAETrainer`] logs, evaluation logs token F1 and exact match of real answers.
+    Besides what [`ICAETrainer`] logs, evaluation logs token F1 and exact match of real answers and, with a
+    `pretraining_share`, how well the held-out contexts are still reconstructed; its loss weighs both as training does.
 
     Args:
         model ([`ICAEForConditionalGeneration`]):
@@ -58,8 +59,11 @@ class ICAESFTTrainer(ICAETrainer):
         )
 
     def _weights(self, inputs: dict[str, Any]) -> dict[str, float]:
-        # Each context weighs the same, whether it trains answers or reconstruction and continuation.
-        share = inputs["autoencoding_rows"].float().mean().item()
+        # Each context weighs the same, whether it trains answers or reconstruction and continuation. Held-out ones do
+        # both, see `prediction_step`.
+        share = self.args.pretraining_share
+        if self.model.training:
+            share = inputs["autoencoding_rows"].float().mean().item()
         weight = self.args.autoencoding_weight
         return {
             "instruction_weight": 1 - share,
@@ -68,6 +72,11 @@ class ICAESFTTrainer(ICAETrainer):
             # Held-out losses are always those of the reference, so that runs can be compared.
             "distillation_weight": self.args.distillation_weight if self.model.training else 0.0,
         }
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if self.args.pretraining_share:
+            inputs["autoencoding_rows"] = torch.ones_like(inputs["autoencoding_rows"])
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     @torch.no_grad()
     def _generation_metrics(self, dataset) -> dict[str, float]:
