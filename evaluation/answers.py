@@ -26,7 +26,8 @@ There are none for one row of each source.
 
 Each reader's answers are kept in a file of their own in a folder beside the output. What is there is not computed
 again, be it after an interruption, for more rows, or for another checkpoint on the same base; only the answers of an
-earlier checkpoint give way to those of a new one.
+earlier checkpoint give way to those of a new one. Answers of the optional readers that are kept to all of the rows
+take part without these options.
 """
 
 import json
@@ -91,11 +92,17 @@ def main(argv: list[str] | None = None) -> None:
         "dtype": arguments.dtype,
         "max_new_tokens": arguments.max_new_tokens,
     }
-    answers = {}
+    answers, earlier = {}, {}
+    if arguments.output.is_file():
+        earlier = json.loads(arguments.output.read_text())
     for reader in compared(model, arguments.tuned, arguments.llmlingua, arguments.kvpress, arguments.seed):
         words = re.findall(r"[a-z]+", reader.name.lower().replace("'", ""))
         file = arguments.output.with_suffix("") / f"{'-'.join(words)}.jsonl"
         made_from = {"reader": reader.name, **shared, **reader.made_from}
+        if reader.make is None:
+            if (found := kept_answers(file, made_from, rows)) is not None:
+                answers[reader.name] = found
+            continue
         forget_other_weights(file, made_from)
         answers[reader.name] = AnswerFile(file, made_from)
         fill(answers[reader.name], reader.make, rows, arguments.max_new_tokens, arguments.batch_size)
@@ -116,10 +123,11 @@ def main(argv: list[str] | None = None) -> None:
         "by_source": {name: means(found) for name, found in measured.items()},
         "examples": examples(answers, rows),
     }
-    if (
-        arguments.tuned and (file := Path(arguments.tuned, "tuned_on.json")).is_file()
-    ):  # an adapter of another's has none
-        record["tuned_on"] = json.loads(file.read_text())
+    if arguments.tuned:
+        if (file := Path(arguments.tuned, "tuned_on.json")).is_file():  # an adapter of another's has none
+            record["tuned_on"] = json.loads(file.read_text())
+    elif "full context, tuned" in answers and "tuned_on" in earlier:
+        record["tuned_on"] = earlier["tuned_on"]
     write_record(arguments.output, record, command=command_line(parser, argv))
     for name, found in summary.items():
         print(f"{name:20s} F1 {found['f1']:.3f}  loss {found['loss']:.3f}")
@@ -159,11 +167,14 @@ def choose_rows(data: str, per_source: int, max_length: int, seed: int, model) -
 
 
 class Compared(NamedTuple):
-    """A reader that is loaded when it is needed, its name, and what its answers depend on."""
+    """
+    A reader that is loaded when it is needed, its name, and what its answers depend on: all of it, or as much as is
+    known without its weights or tool, which are not here (`make` is `None`).
+    """
 
     name: str
     made_from: Line
-    make: Callable[[], Reader]
+    make: Callable[[], Reader] | None
 
 
 def compared(
@@ -204,16 +215,29 @@ def compared(
         Compared("untrained slots", form | {"seed": seed}, untrained),
         Compared("another text's slots", {"model": model.fingerprint}, lambda: SlotReader(model, other_text=True)),
     ]
-    if kvpress:
-        made_from = budget | {"kvpress": tool_version(kvpress, "kvpress")}
-        found.insert(5, Compared("kvpress", made_from, lambda: KVPressReader(base, model, kvpress)))
-    if llmlingua:
-        made_from = budget | {"llmlingua": tool_version(llmlingua, "llmlingua")}
-        found.insert(5, Compared("LLMLingua", made_from, lambda: LLMLinguaReader(base, model, llmlingua)))
+    optional = [Compared("full context, tuned", frozen, None)]
+    optional += [Compared(name, budget, None) for name in ("LLMLingua", "kvpress")]
     if tuned:
         adapter = frozen | {"adapter": digest(f"{tuned}/adapter_model.safetensors")}
-        found.insert(2, Compared("full context, tuned", adapter, full_context_tuned))
-    return found
+        optional[0] = Compared("full context, tuned", adapter, full_context_tuned)
+    if llmlingua:
+        made_from = budget | {"llmlingua": tool_version(llmlingua, "llmlingua")}
+        optional[1] = Compared("LLMLingua", made_from, lambda: LLMLinguaReader(base, model, llmlingua))
+    if kvpress:
+        made_from = budget | {"kvpress": tool_version(kvpress, "kvpress")}
+        optional[2] = Compared("kvpress", made_from, lambda: KVPressReader(base, model, kvpress))
+    return [*found[:2], optional[0], *found[2:5], *optional[1:], *found[5:]]
+
+
+def kept_answers(path: Path, known: Line, rows: list[Row]) -> AnswerFile | None:
+    """The answers of a reader that is not here, if they are kept to all rows; if to others only, a line says so."""
+    if not path.is_file():
+        return None
+    file = AnswerFile(path)
+    if file.made_from.items() >= known.items() and all(row["row"] in file.rows for row in rows):
+        return file
+    print(f"{path}: left out, for the answers kept are to other rows or made from {file.made_from}")
+    return None
 
 
 @torch.no_grad()

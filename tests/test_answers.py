@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from icae import ICAEForConditionalGeneration
 from icae.cli import main
 from icae.evaluation import answers
-from icae.evaluation.answer_files import AnswerFile, read_lines
+from icae.evaluation.answer_files import AnswerFile, append_lines, read_lines
 from icae.evaluation.answers import choose_rows, draw_means, fill, measure, summarize
 from icae.evaluation.readers import RetrievalReader, SummaryReader, TokenReader, number_of_slots, split_sentences
 from tiny import make_base
@@ -152,6 +152,33 @@ def test_another_checkpoint_is_answered_anew_and_the_baselines_are_not(saved, mo
     assert all(f"{name}: 4 answers of other weights" in printed for name in changed)
     assert main([*command(saved), "--max-new-tokens", "2"]) == 2
     assert "icae.jsonl' answers made from" in capsys.readouterr().err
+
+
+def test_kept_answers_take_part_without_what_made_them(saved, capsys):
+    assert main(command(saved)) == 0
+    output = saved / "out" / "answers.json"
+    made_from, *lines = read_lines(saved / "out" / "answers" / "full-context.jsonl")
+    known = {name: value for name, value in made_from.items() if name != "reader"}
+    append_lines(output.with_suffix("") / "full-context-tuned.jsonl", [{"reader": "full context, tuned", **known}])
+    append_lines(output.with_suffix("") / "full-context-tuned.jsonl", lines)
+    append_lines(output.with_suffix("") / "kvpress.jsonl", [{"reader": "kvpress", **known}, *lines])  # of no budget
+    output.write_text(json.dumps(json.loads(output.read_text()) | {"tuned_on": {"triples": 7}}))
+    assert main(command(saved)) == 0
+    record, printed = json.loads(output.read_text()), capsys.readouterr().out
+    assert list(record["summary"])[:3] == ["icae", "full context", "full context, tuned"]
+    assert record["summary"]["full context, tuned"] == record["summary"]["full context"]
+    assert record["tuned_on"] == {"triples": 7}
+    assert "kvpress" not in record["summary"] and "kvpress.jsonl: left out" in printed
+
+
+def test_kept_answers_to_other_rows_are_left_out(saved, capsys):
+    assert main(command(saved, "--per-source", "1")) == 0
+    files = saved / "out" / "answers"
+    made_from, *lines = read_lines(files / "full-context.jsonl")
+    append_lines(files / "full-context-tuned.jsonl", [made_from | {"reader": "full context, tuned"}, *lines])
+    assert main(command(saved, "--per-source", "2")) == 0
+    assert "full context, tuned" not in json.loads((saved / "out" / "answers.json").read_text())["summary"]
+    assert "full-context-tuned.jsonl: left out, for the answers kept are to other rows" in capsys.readouterr().out
 
 
 def test_half_a_line_of_a_killed_run_is_removed(tmp_path):
