@@ -34,18 +34,19 @@ RUNS = ("embedded", "embedded-2", "sft", "sft-2", "embedded-3", "sft-3", "embedd
 
 
 def measures(
-    length: int, reconstruction: Record, continuation: Record | None, answers: Record | None
+    length: int, reconstruction: Record, continuation: Record | None, answers: Record | None, name="reconstruction"
 ) -> dict[str, Measured]:
     """
     What the files say of one checkpoint, under the names of the aims, as far as they are there: of contexts of that
-    length, but of answers to all prompts. Each value comes with its interval of 95%, where there is one.
+    length, but of answers to all prompts. Each value comes with its interval of 95%, where there is one. `name` is
+    that of the file of reconstructions.
     """
     loss, bleu, prefix, perplexity, f1 = AIMS
-    found = _of_length(_only_model(reconstruction)["by_length"], length, "reconstruction")
+    found = _of_length(_only_model(reconstruction)["by_length"], length, name)
     values: dict[str, Measured] = {
         loss: (found["ae_loss"], found.get("ae_loss_interval")),
         bleu: (found.get("bleu"), None),
-        prefix: (found["exact_prefix"], None),
+        prefix: (found.get("exact_prefix"), None),
     }
     if continuation is not None:
         found = _of_length(_only_model(continuation), length, "continuation")["icae"]
@@ -86,7 +87,7 @@ def slopes(curves: dict[str, Record], aim: float) -> Record:
         if len(record["runs"]) != 1:
             raise ValueError(f"Expected the curve of one run in {name}.json, got those of {list(record['runs'])}.")
         (run,) = record["runs"].values()
-        if len(run.get("ae_loss", ())) >= LEAST:
+        if "response_loss" not in run and len(run["ae_loss"]) >= LEAST:
             found[name] = slope([seen + tokens for tokens in run["context_tokens"]], run["ae_loss"], aim)
         seen += run["context_tokens"][-1]
     return found
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"Expected reconstruction.json in {str(results)!r}, got none: `make evaluate` writes it.")
     continuation, answers, pretrained = read("continuation"), read("answers"), read("pretrained")
     now = measures(length, reconstruction, continuation, answers)
-    before = measures(length, pretrained, None, None) if pretrained else {}
+    before = measures(length, pretrained, None, None, "pretrained") if pretrained else {}
     rows = []
     for name, (side, aim) in AIMS.items():
         value, interval = now.get(name, NOT_MEASURED)

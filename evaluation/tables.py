@@ -258,16 +258,16 @@ def aims(record: Record) -> str:
         for row in record["aims"]
     ]
     slopes = ""
-    if record["slopes"]:
+    if "embedded" in record["slopes"]:
         first, *later = record["slopes"].values()
         needed = first["tokens_for_aim"]
         meets = f"; drawn on, it meets the aim at {needed / 1e6:.1f} M" if needed else ""
+        ends = ", then ".join(map(_end_of, later))
         ends = (
-            f" Later runs ended with {', '.join(map(_end_of, later))}, of both stages together; their\n"
+            f" Later runs, on longer contexts, ended with {ends}, tokens of the\ninstruction stage counted."
             if later
             else ""
         )
-        ends += "held-out contexts are longer than the first's." if later else ""
         slopes = f"""
 Autoencoding loss of the first pretraining run: {_end_of(first)}, and through its second half
 a power law with the exponent {-first["exponent"]:.2f}{meets}.{ends}

@@ -65,6 +65,12 @@ def test_tokens_of_instruction_stages_between_pretraining_runs_count(write):
     assert record["slopes"]["embedded-3"]["tokens"] == 24
 
 
+def test_a_run_of_the_instruction_stage_has_no_slope(write):
+    tuned = curves([1, 2, 4], [4, 2, 1])
+    tuned["runs"]["one"]["response_loss"] = [3, 2, 1]
+    assert write(reconstruction=reconstruction(0.1), sft=tuned)["slopes"] == {}
+
+
 def test_a_short_curve_has_no_slope_but_its_tokens_count(write):
     short, third = curves([1, 4], [4, 2]), curves([0, 6, 10], [0.5, 0.25, 0.125])
     record = write(reconstruction=reconstruction(0.1), **{"embedded": short, "embedded-3": third})
@@ -82,6 +88,11 @@ def test_a_length_that_was_not_measured_is_named(write, tmp_path, capsys):
     write(reconstruction=reconstruction(0.1))
     assert main(["evaluate", "aims", "--results", str(tmp_path / "results"), "--length", "64"]) == 2
     assert "Expected results of 64 tokens in reconstruction.json, got those of 128" in capsys.readouterr().err
+    short = {"models": {"one": {"by_length": {"64": {"ae_loss": 0.1}}}}}  # nothing written
+    write(pretrained=reconstruction(0.1))
+    (tmp_path / "results" / "reconstruction.json").write_text(json.dumps(short))
+    assert main(["evaluate", "aims", "--results", str(tmp_path / "results"), "--length", "64"]) == 2
+    assert "Expected results of 64 tokens in pretrained.json, got those of 128" in capsys.readouterr().err
 
 
 def test_the_files_that_were_measured_say_when_and_in_which_dtype(write):

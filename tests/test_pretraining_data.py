@@ -50,7 +50,7 @@ def test_control_tokens_in_a_document_stay_text(tokenizer):
 
 def test_a_missing_column_is_named(tokenizer):
     with pytest.raises(
-        ValueError, match=r"Expected a column 'text' with documents, got \['body'\]; set `text_column`"
+        ValueError, match=r"Expected a column 'text' with documents, got \['body'\]; rename one of them"
     ):
         prepare_pretraining_dataset(Dataset.from_dict({"body": TEXTS}), tokenizer, **OPTIONS)
 

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -187,6 +189,7 @@ def test_documents_give_the_mixed_in_samples_in_place_of_the_contexts(make_icae,
     assert abs(len(extra) / len(mixed) - share) < 0.08
     asked = [sample for sample in mixed if sample["response_ids"]]
     assert asked == samples(prepare_sft_dataset(data, model))  # every triple once, in its order
+    assert streamed or len(extra) == 300
     texts = model.tokenizer.batch_decode([sample["context_ids"] + sample["continuation_ids"] for sample in extra])
     assert {text[0] for text in texts} == {letter[0] for letter in letters}
     assert all(len(set(text)) == 1 for text in texts)
@@ -194,6 +197,24 @@ def test_documents_give_the_mixed_in_samples_in_place_of_the_contexts(make_icae,
     assert {16, 32, 48} <= lengths and max(lengths) == 48
     assert all(sample["context_lengths"] == [sample["length"]] for sample in extra)
     assert samples(prepare_sft_dataset(data, model, documents=documents, **options)) == mixed
+
+
+def test_documents_shorter_than_a_span_have_no_continuation(make_icae):
+    documents = Dataset.from_dict({"text": ["abc"] * 3})
+    mixed = samples(prepare_sft_dataset(TRIPLES, make_icae(), documents=documents, pretraining_share=0.5))
+    assert [sample["continuation_ids"] for sample in mixed if not sample["prompt_ids"]] == [[]] * 4
+
+
+def test_documents_without_a_token_are_refused(make_icae):
+    documents = Dataset.from_dict({"text": ["", ""]})
+    with pytest.raises(ValueError, match="Expected `documents` of at least one token, got none"):
+        prepare_sft_dataset(TRIPLES, make_icae(), documents=documents, pretraining_share=0.5)
+
+
+def test_documents_in_another_form_than_the_triples_are_refused(make_icae):
+    documents = Dataset.from_dict({"text": CONTEXTS}).to_iterable_dataset()
+    with pytest.raises(ValueError, match="in the form of the triples, Dataset, got IterableDataset; stream both"):
+        prepare_sft_dataset(TRIPLES, make_icae(), documents=documents, pretraining_share=0.5)
 
 
 def test_documents_without_a_share_are_refused(make_icae):
@@ -340,8 +361,17 @@ def test_evaluation_shows_what_tuning_costs_reconstruction(make_trainer):
         expected = model(**DataCollatorForICAEPretraining()(samples(trainer.eval_dataset))).loss.item()
     assert logged["eval_ae_loss"] == pytest.approx(expected, rel=1e-4)
     assert logged["eval_ae_loss_other_text"] != logged["eval_ae_loss"]
-    weighed = 0.75 * logged["eval_response_loss"] + 0.25 * logged["eval_ae_loss"]
+    weighed = 0.75 * logged["eval_response_loss"] + 0.25 * 0.4 * logged["eval_ae_loss"]
     assert logged["eval_loss"] == pytest.approx(weighed, rel=1e-4)
+
+
+def test_held_out_contexts_too_long_to_be_written_back_are_answered_only(make_trainer, make_icae):
+    paper = {"encoder_layout": "sequential", "decoder_layout": "sequential"}
+    texts = {"context": ["x" * 300, "y" * 320], "prompt": ["?", "?"], "response": ["z", "z"]}
+    trainer = make_trainer(model=make_icae(**paper), data=Dataset.from_dict(texts), pretraining_share=0.5)
+    trainer.evaluate()
+    logged = trainer.state.log_history[-1]
+    assert "eval_ae_loss" not in logged and logged["eval_loss"] == pytest.approx(logged["eval_response_loss"])
 
 
 def test_evaluation_without_a_share_is_of_answers_alone(make_trainer):
@@ -407,19 +437,41 @@ def test_icae_sft_runs_from_a_file_and_goes_on(config_file):
     assert ICAEForConditionalGeneration.from_pretrained(run).config.span_length == 16
 
 
-def test_a_run_does_not_go_on_with_a_base_in_another_dtype(config_file, capsys):
+def test_a_run_does_not_go_on_with_a_base_in_another_dtype(config_file, capsys, monkeypatch):
     from icae.cli import main
 
-    assert main(["sft", "--config", str(config_file), "--max_steps", "1"]) == 0
+    def stop(trainer):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ICAESFTTrainer, "save_state", stop)  # at the end, when there are checkpoints
+    with pytest.raises(KeyboardInterrupt):
+        main(["sft", "--config", str(config_file), "--max_steps", "1"])
     assert main(["sft", "--config", str(config_file), "--resume", "true", "--dtype", "bfloat16"]) == 2
     error = capsys.readouterr().err
     assert "Expected a base in float32, with which the run in" in error and "set `--dtype float32`" in error
 
 
-@pytest.mark.parametrize("streaming", ["false", "true"])
-def test_icae_sft_trains_answers_and_the_reconstruction_of_documents(config_file, streaming):
+def test_a_new_run_is_not_mixed_with_an_old_one(config_file, capsys):
     from icae.cli import main
 
+    for _ in range(2):
+        status = main(["sft", "--config", str(config_file), "--max_steps", "1"])
+    assert status == 2
+    error = capsys.readouterr().err
+    assert "Expected a folder without checkpoints, got" in error and "go on from them with `--resume true`" in error
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_icae_sft_trains_answers_and_the_reconstruction_of_documents(config_file, streaming, monkeypatch):
+    from icae.cli import main
+
+    trained_on, collate = set(), DataCollatorForICAESFT.__call__
+
+    def keep(collator, samples):
+        trained_on.update((bool(sample["prompt_ids"]), *sample["context_ids"][:3]) for sample in samples)
+        return collate(collator, samples)
+
+    monkeypatch.setattr(DataCollatorForICAESFT, "__call__", keep)
     folder = config_file.parent
     Dataset.from_dict({"text": ["A document that no prompt is about. " * 3] * 5}).to_parquet(
         folder / "documents.parquet"
@@ -429,6 +481,13 @@ def test_icae_sft_trains_answers_and_the_reconstruction_of_documents(config_file
     assert main(["sft", "--config", str(config_file), *options]) == 0
     history = json.loads((folder / "run" / "trainer_state.json").read_text())["log_history"]
     assert all(any(name in entry for entry in history) for name in ("response_loss", "ae_loss", "lm_loss"))
+    model = ICAEForConditionalGeneration.from_pretrained(folder / "run")
+    starts = {
+        answers: {model.tokenizer.decode(ids) for kind, *ids in trained_on if kind == answers}
+        for answers in (True, False)
+    }
+    assert starts[True] <= {context[:3] for context in CONTEXTS}
+    assert starts[False] and all(start in "A document that no prompt is about. " * 2 for start in starts[False])
 
 
 def test_the_teacher_writes_responses_to_tune_on(config_file, make_icae, capsys):
@@ -486,6 +545,21 @@ def test_icae_sft_stops_when_validation_gets_no_better(config_file):
     assert main(["sft", "--config", str(config_file), *options]) == 0
     state = json.loads((config_file.parent / "run" / "trainer_state.json").read_text())
     assert state["global_step"] == 2  # nothing was learnt after the first
+
+
+@pytest.mark.slow
+def test_two_processes_measure_all_of_the_held_out_data_together(config_file):
+    """Each computes a part; both must know the means, by which runs stop early and the best checkpoint is chosen."""
+    options = ["sft", "--config", str(config_file), "--max_steps", "1", "--eval_on_start", "true"]
+    options += ["--per_device_eval_batch_size", "1", "--eval_generations", "0", "--output_dir"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "icae.cli"]
+    found = []
+    for folder, module in (("alone", ["-m", "icae.cli"]), ("together", torchrun)):
+        run = config_file.parent / folder
+        subprocess.run([sys.executable, *module, *options, str(run)], check=True, timeout=300)
+        first = json.loads((run / "trainer_state.json").read_text())["log_history"][0]
+        found.append({name: first[f"eval_{name}"] for name in ("response_loss", "ae_loss", "response_accuracy")})
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 @pytest.mark.slow

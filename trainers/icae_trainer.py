@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -152,6 +153,14 @@ class ICAETrainer(SFTTrainer):
             self._metrics["eval"][name].append(value)
         # The metrics join the logs in SFTTrainer.log, with the prefix "eval_".
         return Trainer.evaluate(self, eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if not self.model.training:
+            # Each process has measured its own part of the held-out data; decisions on the means must be the same.
+            parts = gather_object([dict(self._metrics["eval"])])
+            for name in {name for part in parts for name in part}:
+                self._metrics["eval"][name] = [value for part in parts for value in part.get(name, ())]
+        super().log(logs, start_time)
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

@@ -2,8 +2,8 @@
 From documents to pretraining samples.
 
 A document is cut, from its first token to its last, into contexts of whole spans; each context comes with the tokens
-that follow it. The cuts depend on the seed and the document's place in the data set only — not on workers, processes
-or what was read before — and every token is in exactly one context.
+that follow it, and every token is in exactly one context. The cuts depend on the seed and the document's place in the
+data set only — not on processes or what was read before. (Of a streamed data set it is the place in a worker's part.)
 """
 
 from dataclasses import dataclass
@@ -11,12 +11,15 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, List, Value
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
+IDS = List(Value("int64"))
+# Of the samples: without, the type of a column of empty lists would stay open.
+FEATURES = Features({"context_ids": IDS, "continuation_ids": IDS, "length": Value("int64")})
 
 
 def cut_document(
@@ -73,7 +76,7 @@ def prepare_pretraining_dataset(
     """
     columns = dataset.column_names or list(next(iter(dataset)))  # a streamed data set may not know its columns
     if text_column not in columns:
-        raise ValueError(f"Expected a column {text_column!r} with documents, got {columns}; set `text_column`.")
+        raise ValueError(f"Expected a column {text_column!r} with documents, got {columns}; rename one of them to it.")
 
     def cut(batch: dict, indices: list[int]) -> dict[str, list]:
         documents = tokenizer(batch[text_column], add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -93,7 +96,7 @@ def prepare_pretraining_dataset(
             "length": [len(context) for context, _ in samples],
         }
 
-    return dataset.map(cut, batched=True, with_indices=True, batch_size=64, remove_columns=columns)
+    return dataset.map(cut, batched=True, with_indices=True, batch_size=64, remove_columns=columns, features=FEATURES)
 
 
 @dataclass

@@ -126,11 +126,16 @@ def run(trainer: ICAETrainer, script: ScriptArguments, icae: ICAEArguments) -> N
     Trains, from the last checkpoint if the script says so, and saves the model, its state and the arguments.
 
     Raises:
-        `ValueError`: if the run was begun with a base in another dtype.
+        `ValueError`: if the run was begun with a base in another dtype, or a new one would mix with an old one.
     """
     output_dir = trainer.args.output_dir
     file = Path(output_dir, "run.json")
-    checkpoint = last_checkpoint(output_dir) if script.resume else None
+    checkpoint = last_checkpoint(output_dir)
+    if checkpoint and not script.resume:
+        raise ValueError(
+            f"Expected a folder without checkpoints, got {output_dir!r}; go on from them with `--resume true`, remove "
+            "them, or give another `--output_dir`."
+        )
     dtype = str(trainer.model.language_model.dtype).removeprefix("torch.")
     record = {"arguments": vars(script) | vars(icae) | {"dtype": dtype}, "seed": trainer.args.seed}
     if checkpoint is None:

@@ -2,39 +2,36 @@
 From (context, prompt, response) triples to samples of the instruction stage.
 
 Which samples train reconstruction and continuation instead depends on the seed and the row's place in the data set
-only, not on workers or processes.
+only, not on processes. (Of a streamed data set it is the place in a worker's part.)
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
-from math import ceil
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, List, Value, interleave_datasets
+from datasets import Dataset, Features, List, concatenate_datasets, interleave_datasets
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
 from icae.modeling_icae import ICAEForConditionalGeneration
 from icae.modeling_icae.chat_icae import encode_contexts, encode_prompt, encode_response
 
-from .pretraining_data import AnyDataset, cut_document, pad_samples, prepare_pretraining_dataset
+from .pretraining_data import FEATURES, IDS, AnyDataset, cut_document, pad_samples, prepare_pretraining_dataset
 
 
 logger = logging.get_logger(__name__)
 
 PWC_NAMES = {"input": "context", "answer": "response"}  # `sggetao/PwC`
-IDS = List(Value("int64"))
-FEATURES = Features(  # of the samples; those of one kind alone would leave the types of empty lists open
+SAMPLE_FEATURES = Features(
     {
-        "context_ids": IDS,
+        **FEATURES,
         "context_lengths": IDS,
-        "continuation_ids": IDS,
         "prompt_ids": List(IDS),
         "response_ids": List(IDS),
-        "length": Value("int64"),
     }
 )
 SHORT_SHARE = 0.1  # of the samples that train reconstruction: cut short at a random length
@@ -73,17 +70,23 @@ def prepare_sft_dataset(
         documents (`Dataset` or `IterableDataset`, *optional*):
             Rows of `text`, as in pretraining, streamed if the triples are. With them, these samples are cut from
             texts of all kinds, not from the contexts of the triples: what no triple is about is not forgotten either.
-            They repeat until every triple was taken once.
+            As many are drawn as the share says, the same in each epoch; if the documents are fewer, they repeat.
         max_spans (`int`, *optional*, defaults to 2): such a sample has 1 to `max_spans` whole spans.
         continuation_length (`int`, *optional*, defaults to 32): tokens of the continuation of such a sample.
         max_context_length (`int`, *optional*): rows with more context tokens are left out. A warning counts them.
         seed (`int`, *optional*, defaults to 0): of the choice of these samples.
 
     Raises:
-        `ValueError`: if columns are missing, a text is empty, or there are `documents` and no share for them.
+        `ValueError`: if columns are missing, a text is empty, or `documents` come without a share for them, in another
+            form than the triples, or without a token.
     """
     if documents is not None and not pretraining_share:
         raise ValueError("Expected a `pretraining_share` above 0 with `documents`, got 0; say how many to mix in.")
+    if documents is not None and type(documents) is not type(dataset):
+        raise ValueError(
+            f"Expected `documents` in the form of the triples, {type(dataset).__name__}, got "
+            f"{type(documents).__name__}; stream both or none."
+        )
     columns = dataset.column_names or list(next(iter(dataset)))  # a streamed data set may not know its columns
     if set(columns) >= {"input", "prompt", "answer"}:
         dataset = dataset.rename_columns(PWC_NAMES)
@@ -155,27 +158,30 @@ def prepare_sft_dataset(
             f"Left out {len(encoded) - len(fitting)} of {len(encoded)} rows, which are longer than "
             f"`max_context_length` ({max_context_length}) or than what the base has positions for ({positions})."
         )
-    samples = fitting.map(mix, batched=True, with_indices=True, batch_size=64, features=FEATURES)
+    samples = fitting.map(mix, batched=True, with_indices=True, batch_size=64, features=SAMPLE_FEATURES)
     if documents is None:
         return samples
-    cut = prepare_pretraining_dataset(
-        documents,
-        tokenizer,
+    cuts = partial(
+        prepare_pretraining_dataset,
+        tokenizer=tokenizer,
         span_length=span_length,
         max_spans=max_spans,
         short_share=SHORT_SHARE,
         continuation_length=continuation_length,
         seed=seed,
     )
-    cut = cut.map(_without_prompts, features=FEATURES)
     if isinstance(samples, Dataset):
-        cut = cut.shuffle(seed=seed)
-        # Twice as many as expected, so that the triples are the first to run out.
-        cut = cut.repeat(ceil(2 * mixed_in * len(samples) / len(cut)) + 1)
-    else:
-        cut = cut.shuffle(seed=seed, buffer_size=10_000).repeat(None)
+        number = round(mixed_in * len(samples))
+        found = cuts(documents.shuffle(seed=seed).take(min(number, len(documents)))).shuffle(seed=seed)
+        if not len(found):
+            raise ValueError("Expected `documents` of at least one token, got none; filter the rows.")
+        drawn = found.select(np.arange(number) % len(found))
+        return concatenate_datasets([samples, drawn.map(_without_prompts, features=SAMPLE_FEATURES)])
+    endless = cuts(documents).map(_without_prompts, features=SAMPLE_FEATURES).repeat(None)
     shares = [1 - pretraining_share, pretraining_share]
-    return interleave_datasets([samples, cut], probabilities=shares, seed=seed)
+    return interleave_datasets(
+        [samples, endless.shuffle(seed=seed, buffer_size=10_000)], probabilities=shares, seed=seed
+    )
 
 
 def _without_prompts(sample: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ class ICAESFTTrainer(ICAETrainer):
     prompt from the slots. The loss is on the response only.
 
     Besides what [`ICAETrainer`] logs, evaluation logs token F1 and exact match of real answers and, with a
-    `pretraining_share`, how well the held-out contexts are still reconstructed; its loss weighs both as training does.
+    `pretraining_share`, how well the held-out contexts are still reconstructed, where the base has positions for it.
+    Its loss weighs both tasks with the weights of training.
 
     Args:
         model ([`ICAEForConditionalGeneration`]):
@@ -61,21 +62,24 @@ class ICAESFTTrainer(ICAETrainer):
     def _weights(self, inputs: dict[str, Any]) -> dict[str, float]:
         # Each context weighs the same, whether it trains answers or reconstruction and continuation. Held-out ones do
         # both, see `prediction_step`.
-        share = self.args.pretraining_share
-        if self.model.training:
-            share = inputs["autoencoding_rows"].float().mean().item()
-        weight = self.args.autoencoding_weight
+        rows, weight = inputs["autoencoding_rows"], self.args.autoencoding_weight
+        if not self.model.training:
+            share = self.args.pretraining_share if rows.any() else 0.0
+            return {"instruction_weight": 1 - share, "autoencoding_weight": share * weight}
+        share = rows.float().mean().item()
         return {
             "instruction_weight": 1 - share,
             "autoencoding_weight": share * (weight if "continuation_ids" in inputs else 1.0),
             "continuation_weight": share * (1 - weight),
-            # Held-out losses are always those of the reference, so that runs can be compared.
-            "distillation_weight": self.args.distillation_weight if self.model.training else 0.0,
+            "distillation_weight": self.args.distillation_weight,  # not of held-out losses: runs are compared by them
         }
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if self.args.pretraining_share:
-            inputs["autoencoding_rows"] = torch.ones_like(inputs["autoencoding_rows"])
+            lengths = inputs["context_mask"].sum(dim=1)
+            positions = getattr(self.model.config.text_config, "max_position_embeddings", None)
+            # In a sequential layout the context stands there three times: read, as slots, and written.
+            inputs["autoencoding_rows"] = lengths > 0 if positions is None else 3 * lengths < positions
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     @torch.no_grad()
