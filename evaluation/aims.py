@@ -19,7 +19,7 @@ from icae.evaluation.record import write_record
 
 
 Record = dict[str, Any]
-Measured = tuple[float, list[float] | None]
+Measured = tuple[float | None, list[float] | None]
 NOT_MEASURED = (None, None)
 AIMS = {  # by measure: the least or the most it should be
     "autoencoding loss, nats": ("at most", 0.10),

@@ -100,8 +100,8 @@ def main(argv: list[str] | None = None) -> None:
         file = arguments.output.with_suffix("") / f"{'-'.join(words)}.jsonl"
         made_from = {"reader": reader.name, **shared, **reader.made_from}
         if reader.make is None:
-            if (found := kept_answers(file, made_from, rows)) is not None:
-                answers[reader.name] = found
+            if (kept := kept_answers(file, made_from, rows)) is not None:
+                answers[reader.name] = kept
             continue
         forget_other_weights(file, made_from)
         answers[reader.name] = AnswerFile(file, made_from)
