@@ -43,11 +43,13 @@ FILES = --train_files $(wildcard $(DATA)/train-*.parquet) --eval_files $(DATA)/v
 train-embedded: $(STAMP)  ## the recipe of checkpoints/icae-smollm2-135m; goes on where it was interrupted
 	OMP_NUM_THREADS=1 $(BIN)/icae pretrain --config trainers/presets/cpu.yaml $(FILES) --resume true
 
-# TRIPLES is a folder with train.parquet and validation.parquet (columns `context`, `prompt`, `response`, `source`).
+# TRIPLES is a folder with train.parquet and validation.parquet (columns `context`, `prompt`, `response`, `source`). What
+# is mixed in, so that reconstruction is not forgotten, comes from the documents in DATA.
 TRIPLES ?= triples
 tune-embedded: $(STAMP)  ## its instruction stage; goes on where it was interrupted
 	OMP_NUM_THREADS=1 $(BIN)/icae sft --config trainers/presets/sft_cpu.yaml --init_from runs/icae-smollm2-135m \
-	  --train_files $(TRIPLES)/train.parquet --eval_files $(TRIPLES)/validation.parquet --resume true
+	  --train_files $(TRIPLES)/train.parquet --eval_files $(TRIPLES)/validation.parquet \
+	  --document_files $(wildcard $(DATA)/train-*.parquet) --resume true
 
 # A few hours on one core. Each result has a stamp in runs/evaluated, so that the same command goes on after an
 # interruption and measures again what a new checkpoint makes old. Optional readers of `answers`: TUNED=FOLDER, an adapter
