@@ -177,11 +177,10 @@ def prepare_sft_dataset(
             raise ValueError("Expected `documents` of at least one token, got none; filter the rows.")
         drawn = found.select(np.arange(number) % len(found))
         return concatenate_datasets([samples, drawn.map(_without_prompts, features=SAMPLE_FEATURES)])
-    endless = cuts(documents).map(_without_prompts, features=SAMPLE_FEATURES).repeat(None)
+    shuffled = documents.shuffle(seed=seed, buffer_size=1_000)
+    endless = cuts(shuffled).map(_without_prompts, features=SAMPLE_FEATURES).repeat(None)
     shares = [1 - pretraining_share, pretraining_share]
-    return interleave_datasets(
-        [samples, endless.shuffle(seed=seed, buffer_size=10_000)], probabilities=shares, seed=seed
-    )
+    return interleave_datasets([samples, endless], probabilities=shares, seed=seed)
 
 
 def _without_prompts(sample: dict[str, Any]) -> dict[str, Any]:
