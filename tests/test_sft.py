@@ -4,6 +4,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -478,6 +479,7 @@ def test_icae_sft_trains_answers_and_the_reconstruction_of_documents(config_file
     )
     options = ["--document_files", str(folder / "documents.parquet"), "--pretraining_share", "0.5"]
     options += ["--max_steps", "6", "--eval_strategy", "no", "--streaming", streaming]
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.01)  # at each end of a tiny file
     assert main(["sft", "--config", str(config_file), *options]) == 0
     history = json.loads((folder / "run" / "trainer_state.json").read_text())["log_history"]
     assert all(any(name in entry for entry in history) for name in ("response_loss", "ae_loss", "lm_loss"))
