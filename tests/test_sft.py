@@ -206,6 +206,12 @@ def test_documents_shorter_than_a_span_have_no_continuation(make_icae):
     assert [sample["continuation_ids"] for sample in mixed if not sample["prompt_ids"]] == [[]] * 4
 
 
+def test_a_share_of_few_triples_is_at_least_one_sample_of_the_documents(make_icae):
+    documents = Dataset.from_dict({"text": ["abc"]})
+    mixed = samples(prepare_sft_dataset(TRIPLES, make_icae(), documents=documents, pretraining_share=0.1))
+    assert [bool(sample["prompt_ids"]) for sample in mixed] == [True] * 4 + [False]
+
+
 def test_documents_without_a_token_are_refused(make_icae):
     documents = Dataset.from_dict({"text": ["", ""]})
     with pytest.raises(ValueError, match="Expected `documents` of at least one token, got none"):

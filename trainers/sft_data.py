@@ -171,7 +171,7 @@ def prepare_sft_dataset(
         seed=seed,
     )
     if isinstance(samples, Dataset):
-        number = round(mixed_in * len(samples))
+        number = max(1, round(mixed_in * len(samples)))
         found = cuts(documents.shuffle(seed=seed).take(min(number, len(documents)))).shuffle(seed=seed)
         if not len(found):
             raise ValueError("Expected `documents` of at least one token, got none; filter the rows.")
