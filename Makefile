@@ -44,11 +44,12 @@ train-embedded: $(STAMP)  ## the recipe of checkpoints/icae-smollm2-135m; goes o
 	OMP_NUM_THREADS=1 $(BIN)/icae pretrain --config trainers/presets/cpu.yaml $(FILES) --resume true
 
 # TRIPLES is a folder with train.parquet and validation.parquet (columns `context`, `prompt`, `response`, `source`). What
-# is mixed in, so that reconstruction is not forgotten, comes from the documents in DATA.
+# is mixed in, so that reconstruction is not forgotten, comes from the documents in DATA. The recipe's batch is that of
+# two processes, one a core.
 TRIPLES ?= triples
 tune-embedded: $(STAMP)  ## its instruction stage; goes on where it was interrupted
-	OMP_NUM_THREADS=1 $(BIN)/icae sft --config trainers/presets/sft_cpu.yaml --init_from runs/icae-smollm2-135m \
-	  --train_files $(TRIPLES)/train.parquet --eval_files $(TRIPLES)/validation.parquet \
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2 -m icae.cli sft --config trainers/presets/sft_cpu.yaml \
+	  --init_from runs/icae-smollm2-135m --train_files $(TRIPLES)/train.parquet --eval_files $(TRIPLES)/validation.parquet \
 	  --document_files $(wildcard $(DATA)/train-*.parquet) --resume true
 
 # A few hours on one core. Each result has a stamp in runs/evaluated, so that the same command goes on after an

@@ -1,0 +1,84 @@
+"""`icae write-quotations`: prompts that train an ICAE to find a place in its memory."""
+
+import re
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from icae.cli import main
+from icae.trainers.write_quotations import quotations
+
+
+CONTEXT = (
+    "The keeper of the lighthouse counted every passing vessel from his window. On stormy evenings he\nlit a second "
+    "lantern for the fishermen who returned late! Nobody in the village remembered when this custom had begun. His "
+    "daughter wrote the numbers into a heavy leather notebook, and sent it to the harbour office each spring."
+)
+
+
+def pairs(context: str, number: int = 60) -> list[tuple[str, str]]:
+    return list(quotations(context, number, np.random.default_rng(0)))
+
+
+def test_every_response_stands_where_its_prompt_says():
+    kinds = set()
+    for prompt, response in pairs(CONTEXT):
+        if after := re.fullmatch(r'Which words come right after "(.+)"\?', prompt, re.DOTALL):
+            pattern = re.escape(after[1]) + r"\s" + re.escape(response) + r"(?!\S)"
+        elif gap := re.fullmatch(r'Which words are missing in "(.+) \.\.\. (.+)"\?', prompt, re.DOTALL):
+            pattern = r"\s".join(map(re.escape, (gap[1], response, gap[2])))
+        else:
+            keys = re.fullmatch(r"Quote the sentence with the words (\w+), (\w+), (\w+)\.", prompt)
+            assert keys and all(key in response for key in keys.groups()) and response[-1] in ".!?"
+            pattern = re.escape(response)
+        assert len(re.findall(pattern, CONTEXT)) == 1
+        kinds.add(prompt.split()[2])
+    assert kinds == {"come", "are", "sentence"}
+
+
+def test_all_of_a_context_is_asked_for():
+    asked = " ".join(response for _, response in pairs(CONTEXT, 300))
+    assert {*CONTEXT.split()[8:]} <= {*asked.split()}
+    assert any(response.endswith("each spring.") for _, response in pairs(CONTEXT))
+
+
+def test_a_place_that_is_not_the_only_one_is_not_asked_for():
+    asked = pairs(f"{CONTEXT} {CONTEXT}")
+    assert asked and all("spring. The" in prompt for prompt, _ in asked)  # only where the first copy meets the second
+
+
+@pytest.mark.parametrize("context", ["", "Four words, no more."])
+def test_too_short_a_context_gives_no_prompt(context):
+    assert pairs(context) == []
+
+
+def test_the_new_rows_stand_behind_those_about_their_context(tmp_path, capsys):
+    other = (
+        "A second text about mountains, rivers and glaciers that nobody had ever bothered to measure. " + CONTEXT[:150]
+    )
+    given = [(CONTEXT, "Who counts?", "The keeper."), (CONTEXT, "When?", "At night."), (other, "What?", "Rivers.")]
+    rows = [dict(zip(("context", "prompt", "response"), row, strict=True)) | {"source": "x"} for row in given]
+    Dataset.from_list(rows).to_parquet(tmp_path / "given.parquet")
+    files = ["--data", str(tmp_path / "given.parquet"), "--output", str(tmp_path / "new.parquet")]
+    assert main(["write-quotations", *files, "--per-context", "3", "--seed", "4"]) == 0
+    written = Dataset.from_parquet(str(tmp_path / "new.parquet")).to_list()
+    expected = [
+        dict(context=context, prompt=prompt, response=response)
+        for index, context in enumerate((CONTEXT, other))
+        for prompt, response in [
+            *((prompt, response) for text, prompt, response in given if text == context),
+            *quotations(context, 3, np.random.default_rng([4, index])),
+        ]
+    ]
+    assert written == expected and len(written) > 5
+    assert f"{len(written)} rows in " in (printed := capsys.readouterr().out)
+    assert f"{len(written) - 3} of them new" in printed
+
+
+def test_other_columns_are_an_error_that_says_which(tmp_path, capsys):
+    Dataset.from_list([{"text": "x"}]).to_parquet(tmp_path / "given.parquet")
+    files = ["--data", str(tmp_path / "given.parquet"), "--output", str(tmp_path / "new.parquet")]
+    assert main(["write-quotations", *files]) == 2
+    message = "Expected the columns `context`, `prompt` and `response`, got ['text']"
+    assert message in capsys.readouterr().err

@@ -1,0 +1,89 @@
+"""
+`icae write-quotations --data FILE.parquet --output FILE.parquet`: prompts whose responses stand in the context.
+
+Reconstruction reads a memory from its first token to its last; an answer must find its place in it first. These rows
+train the finding: which words come after a quotation, which are missing in one, which sentence has these words. They
+stand behind the given rows about the same context, with which they share its encoder pass in `icae sft`.
+"""
+
+import argparse
+import re
+from collections.abc import Iterator
+from itertools import groupby, pairwise
+
+import numpy as np
+from datasets import Dataset, load_dataset
+
+
+QUOTED_WORDS = (4, 8)  # of a quotation in a prompt, at least and at most
+ANSWER_WORDS = (8, 32)  # that follow it
+GAP_WORDS = (1, 6)  # that are missing between two of them
+KEY_WORDS = 3  # that name a sentence
+
+WORD = re.compile(r"\S+")
+KEY_WORD = re.compile(r"\w{5,}")
+SENTENCE = re.compile(r"[^\s.!?][^.!?\n]{40,240}[.!?]")
+
+COLUMNS = ("context", "prompt", "response")
+
+
+def quotations(context: str, number: int, rng: np.random.Generator) -> Iterator[tuple[str, str]]:
+    """
+    Up to `number` pairs of a prompt and its response, which stands word for word in `context`. They are fewer if the
+    context is short, or if a second place in it fits the prompt as well.
+    """
+    words = [match.span() for match in WORD.finditer(context)]
+    sentences = SENTENCE.findall(context)
+    bounds = np.array([QUOTED_WORDS, ANSWER_WORDS, GAP_WORDS]).T
+    for kind in rng.integers(3, size=number):
+        quoted, following, missing = (int(size) for size in rng.integers(*bounds, endpoint=True))
+        if kind == 0:
+            parts = _parts(context, words, [quoted, following], rng)
+            if parts:
+                yield f'Which words come right after "{parts[0]}"?', parts[1]
+        elif kind == 1:
+            parts = _parts(context, words, [quoted, missing, quoted], rng)
+            if parts:
+                yield f'Which words are missing in "{parts[0]} ... {parts[2]}"?', parts[1]
+        elif sentences:
+            sentence = str(rng.choice(sentences))
+            keys = rng.permutation(sorted({*KEY_WORD.findall(sentence)}))[:KEY_WORDS]
+            fitting = [other for other in sentences if all(key in other for key in keys)]
+            if len(keys) == KEY_WORDS and len(fitting) == 1:
+                yield f"Quote the sentence with the words {', '.join(keys)}.", sentence
+
+
+def _parts(context: str, words: list[tuple[int, int]], sizes: list[int], rng: np.random.Generator) -> list[str]:
+    """Neighbouring parts of so many words each, from a random place; none if the first part is found twice."""
+    if len(words) < sum(sizes):
+        return []
+    edges = np.cumsum([rng.integers(len(words) - sum(sizes), endpoint=True), *sizes])
+    parts = [context[words[first][0] : words[end - 1][1]] for first, end in pairwise(edges)]
+    return parts if context.count(parts[0]) == 1 else []
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Prompts whose responses stand in the context, beside given triples.")
+    parser.add_argument("--data", required=True, help="Parquet file: context, prompt, response")
+    parser.add_argument("--output", required=True, help="Parquet file to write: those rows and the new ones")
+    parser.add_argument("--per-context", type=int, default=2, help="new rows per context, at most")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    dataset = load_dataset("parquet", data_files=arguments.data, split="train")
+    if not {*COLUMNS} <= {*dataset.column_names}:
+        raise ValueError(f"Expected the columns `context`, `prompt` and `response`, got {dataset.column_names}.")
+
+    def rows() -> Iterator[dict[str, str]]:
+        groups = groupby(dataset.select_columns(list(COLUMNS)), lambda row: row["context"])
+        for index, (context, given) in enumerate(groups):
+            yield from given
+            new = quotations(context, arguments.per_context, np.random.default_rng([arguments.seed, index]))
+            yield from (dict(zip(COLUMNS, (context, *pair), strict=True)) for pair in new)
+
+    written = Dataset.from_list(list(rows()))
+    written.to_parquet(arguments.output)
+    print(f"{len(written)} rows in {arguments.output}, {len(written) - len(dataset)} of them new")
+
+
+if __name__ == "__main__":
+    main()
