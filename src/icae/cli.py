@@ -17,6 +17,7 @@ OWN_PARSERS = {
     ("sft",): "icae.trainers.sft",
     ("write-responses",): "icae.trainers.write_responses",
     ("write-quotations",): "icae.trainers.write_quotations",
+    ("average",): "icae.trainers.average",
     ("push",): "icae.hub_upload.command",
     ("sweep",): "icae.evaluation.sweep",
     ("card",): "icae.model_cards.card",
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("sft", help="tune on triples from a YAML file: icae sft --config FILE")
     commands.add_parser("write-responses", help="responses of the frozen base with the whole context, to tune on")
     commands.add_parser("write-quotations", help="prompts whose responses stand in the context, to tune on")
+    commands.add_parser("average", help="mean of the weights of checkpoints of one training")
     commands.add_parser("sweep", help="short training runs side by side, from a YAML file: icae sweep FILE")
     commands.add_parser("report", help="one page of all results, with plots")
     commands.add_parser("push", help="put a checkpoint on the Hub: icae push CHECKPOINT ORG/NAME")

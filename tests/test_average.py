@@ -1,0 +1,66 @@
+"""`icae average`: a checkpoint whose weights are a mean of those of others."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from icae import ICAEForConditionalGeneration
+from icae.cli import main
+from icae.hub_upload.layout import ADAPTER_WEIGHTS
+from icae.model_cards.facts import CardFacts, TrainingStage
+from icae.modeling_icae.pretrained_icae import SLOTS_FILE
+from tiny import make_base
+
+
+@pytest.fixture
+def start_and_end(tmp_path, make_icae):
+    """Two points of one training: at the end every weight is larger by 1."""
+    model = make_icae()
+    model.save_pretrained(tmp_path / "start")
+    with torch.no_grad():
+        for parameter in model.trainable_parameters().values():
+            parameter.add_(1)
+    model.save_pretrained(tmp_path / "end")
+    stage = TrainingStage(
+        "ICAE SFT", 3, rows_per_step=1, learning_rate=1.0, schedule="constant", warmup_steps=0, optimizer="sgd", seed=0
+    )
+    CardFacts(name="tiny", stages=[stage]).save(tmp_path / "end")
+    (tmp_path / "end" / "trainer_state.json").write_text("{}")
+    return [str(tmp_path / name) for name in ("start", "end")]
+
+
+@pytest.mark.parametrize(
+    ("options", "share", "said"), [([], 0.5, "0.5 : 0.5"), (["0.25", "0.75"], 0.75, "0.25 : 0.75")]
+)
+def test_every_trained_weight_is_the_mean_and_the_rest_is_the_last_ones(start_and_end, tmp_path, options, share, said):
+    output = tmp_path / "mean"
+    weights = ["--weights", *options] if options else []
+    assert main(["average", *start_and_end, "--output", str(output), *weights]) == 0
+    for file in (ADAPTER_WEIGHTS, SLOTS_FILE):
+        start, mean = load_file(tmp_path / "start" / file), load_file(output / file)
+        assert start.keys() == mean.keys()
+        for name, tensor in mean.items():
+            torch.testing.assert_close(tensor, start[name] + share)
+    facts = CardFacts.load(output)
+    assert facts.name == "tiny" and facts.stages[-1].settings == {"average of checkpoints": said}
+    assert not (output / "trainer_state.json").exists()
+    model = ICAEForConditionalGeneration.from_pretrained(output, base_model=make_base())
+    assert len(model.generate(context="a b", prompt="c", max_new_tokens=2)) == 1
+
+
+@pytest.mark.parametrize("weights", [["1"], ["0.5", "0.6"], ["-0.5", "1.5"]])
+def test_weights_that_do_not_fit_are_an_error_that_says_how_many_are_needed(start_and_end, tmp_path, weights, capsys):
+    assert main(["average", *start_and_end, "--output", str(tmp_path / "mean"), "--weights", *weights]) == 2
+    assert "Expected a weight of at least 0 for each of 2 checkpoints, 1 in all, got [" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("config", "named"), [({"span_length": 32}, "span_length"), ({"lora_r": 2}, "lora_r")])
+def test_checkpoints_of_other_architectures_are_an_error_that_says_what_differs(
+    start_and_end, tmp_path, make_icae, config, named, capsys
+):
+    make_icae(**config).save_pretrained(tmp_path / "other")
+    folders = [start_and_end[0], str(tmp_path / "other")]
+    assert main(["average", *folders, "--output", str(tmp_path / "mean")]) == 2
+    printed = capsys.readouterr().err
+    assert "Expected checkpoints of one architecture" in printed and named in printed
+    assert not (tmp_path / "mean").exists()

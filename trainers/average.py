@@ -1,0 +1,96 @@
+"""
+`icae average CHECKPOINT CHECKPOINT --output FOLDER`: a checkpoint whose weights are a mean of those of others.
+
+For checkpoints of one training, such as the start and the end of its last stage: the mean often keeps what the stage
+forgot and most of what it learnt (Wortsman et al., "Robust fine-tuning of zero-shot models", arXiv 2109.01903).
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from icae.hub_upload.layout import ADAPTER_WEIGHTS
+from icae.model_cards.facts import CardFacts
+from icae.modeling_icae.pretrained_icae import SLOTS_FILE
+
+
+ARCHITECTURE = (
+    *("base_model_fingerprint", "memory_type", "span_length", "compression_ratio", "num_memory_slots"),
+    *("encoder_layout", "decoder_layout", "lora_r", "lora_alpha"),
+)
+OF_A_RUN = ("checkpoint-*", "run.json", "trainer_state.json", "*.bin")  # not of its weights, so not of the mean
+
+
+def average(checkpoints: list[Path], output: Path, weights: list[float] | None = None) -> None:
+    """
+    Writes the mean of saved ICAEs, computed in float32 and stored in the last one's dtype. All else, the card's facts
+    too, is taken from the last.
+
+    Args:
+        checkpoints (`list[Path]`): folders, as `save_pretrained` or a trainer wrote them.
+        output (`Path`): the folder to write, which must not exist.
+        weights (`list[float]`, *optional*): of the checkpoints, 1 in all; equal by default.
+
+    Raises:
+        `ValueError`: if the weights do not fit, or the checkpoints are not of one architecture.
+    """
+    weights = weights or [1 / len(checkpoints)] * len(checkpoints)
+    if len(weights) != len(checkpoints) or min(weights) < 0 or abs(sum(weights) - 1) > 1e-6:
+        raise ValueError(
+            f"Expected a weight of at least 0 for each of {len(checkpoints)} checkpoints, 1 in all, got {weights}."
+        )
+    *others, last = checkpoints
+    for other in others:
+        if differences := _differences(other, last):
+            raise ValueError(
+                f"Expected checkpoints of one architecture, got {other} and {last}, whose {', '.join(differences)} "
+                "differ; average those of one training."
+            )
+    means = {}
+    for file in (ADAPTER_WEIGHTS, SLOTS_FILE):
+        tensors = [load_file(folder / file) for folder in checkpoints]
+        means[file] = {
+            name: torch.stack([weight * own[name].float() for weight, own in zip(weights, tensors, strict=True)])
+            .sum(0)
+            .to(tensor.dtype)
+            for name, tensor in tensors[-1].items()
+        }
+    shutil.copytree(last, output, ignore=shutil.ignore_patterns(*OF_A_RUN))
+    for file, mean in means.items():
+        save_file(mean, output / file, metadata={"format": "pt"})
+    facts = CardFacts.load(last)
+    if facts.stages:
+        facts.stages[-1].settings["average of checkpoints"] = " : ".join(f"{weight:.2g}" for weight in weights)
+        facts.save(output)
+
+
+def _differences(one: Path, other: Path) -> list[str]:
+    """Names of the settings and tensors that are not the same."""
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (one, other)]
+    differences = [name for name in ARCHITECTURE if configs[0].get(name) != configs[1].get(name)]
+    for file in (ADAPTER_WEIGHTS, SLOTS_FILE):
+        first, second = (
+            {name: tensor.shape for name, tensor in load_file(folder / file).items()} for folder in (one, other)
+        )
+        differences += sorted(name for name in {*first, *second} if first.get(name) != second.get(name))
+    return differences
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="A checkpoint whose weights are a mean of those of others.")
+    parser.add_argument(
+        "checkpoints", type=Path, nargs="+", help="folders of saved ICAEs of one training, the last last"
+    )
+    parser.add_argument("--weights", type=float, nargs="+", help="one each, 1 in all (default: equal)")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    arguments = parser.parse_args(argv)
+    average(arguments.checkpoints, arguments.output, arguments.weights)
+    print(f"the mean of {len(arguments.checkpoints)} checkpoints in {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
