@@ -34,9 +34,9 @@ def quotations(context: str, number: int, rng: np.random.Generator) -> Iterator[
     """
     words = [match.span() for match in WORD.finditer(context)]
     sentences = SENTENCE.findall(context)
-    bounds = np.array([QUOTED_WORDS, ANSWER_WORDS, GAP_WORDS]).T
+    least, most = np.array([QUOTED_WORDS, ANSWER_WORDS, GAP_WORDS]).T
     for kind in rng.integers(3, size=number):
-        quoted, following, missing = (int(size) for size in rng.integers(*bounds, endpoint=True))
+        quoted, following, missing = rng.integers(least, most, endpoint=True).tolist()
         if kind == 0:
             parts = _parts(context, words, [quoted, following], rng)
             if parts:
