@@ -54,6 +54,15 @@ def test_weights_that_do_not_fit_are_an_error_that_says_how_many_are_needed(star
     assert "Expected a weight of at least 0 for each of 2 checkpoints, 1 in all, got [" in capsys.readouterr().err
 
 
+def test_an_output_that_exists_is_an_error_and_stays_as_it_was(start_and_end, capsys):
+    before = load_file(f"{start_and_end[0]}/{SLOTS_FILE}")
+    assert main(["average", *start_and_end, "--output", start_and_end[0]]) == 2
+    assert "Expected an output folder that does not exist yet, got " in capsys.readouterr().err
+    assert all(
+        torch.equal(before[name], tensor) for name, tensor in load_file(f"{start_and_end[0]}/{SLOTS_FILE}").items()
+    )
+
+
 @pytest.mark.parametrize(("config", "named"), [({"span_length": 32}, "span_length"), ({"lora_r": 2}, "lora_r")])
 def test_checkpoints_of_other_architectures_are_an_error_that_says_what_differs(
     start_and_end, tmp_path, make_icae, config, named, capsys

@@ -22,7 +22,12 @@ ARCHITECTURE = (
     *("base_model_fingerprint", "memory_type", "span_length", "compression_ratio", "num_memory_slots"),
     *("encoder_layout", "decoder_layout", "lora_r", "lora_alpha"),
 )
-OF_A_RUN = ("checkpoint-*", "run.json", "trainer_state.json", "*.bin")  # not of its weights, so not of the mean
+OF_A_RUN = (
+    "checkpoint-*",
+    "run.json",
+    "trainer_state.json",
+    "training_args.bin",
+)  # not of its weights, so not of the mean
 
 
 def average(checkpoints: list[Path], output: Path, weights: list[float] | None = None) -> None:
@@ -32,12 +37,16 @@ def average(checkpoints: list[Path], output: Path, weights: list[float] | None =
 
     Args:
         checkpoints (`list[Path]`): folders, as `save_pretrained` or a trainer wrote them.
-        output (`Path`): the folder to write, which must not exist.
+        output (`Path`): the folder to write.
         weights (`list[float]`, *optional*): of the checkpoints, 1 in all; equal by default.
 
     Raises:
-        `ValueError`: if the weights do not fit, or the checkpoints are not of one architecture.
+        `ValueError`: if `output` exists, the weights do not fit, or the checkpoints are not of one architecture.
     """
+    if output.exists():
+        raise ValueError(
+            f"Expected an output folder that does not exist yet, got {output}; name another or remove it."
+        )
     weights = weights or [1 / len(checkpoints)] * len(checkpoints)
     if len(weights) != len(checkpoints) or min(weights) < 0 or abs(sum(weights) - 1) > 1e-6:
         raise ValueError(
