@@ -52,22 +52,28 @@ def average(checkpoints: list[Path], output: Path, weights: list[float] | None =
         raise ValueError(
             f"Expected a weight of at least 0 for each of {len(checkpoints)} checkpoints, 1 in all, got {weights}."
         )
-    *others, last = checkpoints
-    for other in others:
-        if differences := _differences(other, last):
+    configs = [json.loads((folder / "config.json").read_text()) for folder in checkpoints]
+    tensors = {file: [load_file(folder / file) for folder in checkpoints] for file in (ADAPTER_WEIGHTS, SLOTS_FILE)}
+    last = checkpoints[-1]
+    for index, other in enumerate(checkpoints[:-1]):
+        differences = [name for name in ARCHITECTURE if configs[index].get(name) != configs[-1].get(name)]
+        for own in tensors.values():
+            first, second = ({name: tensor.shape for name, tensor in own[i].items()} for i in (index, -1))
+            differences += sorted(name for name in {*first, *second} if first.get(name) != second.get(name))
+        if differences:
             raise ValueError(
                 f"Expected checkpoints of one architecture, got {other} and {last}, whose {', '.join(differences)} "
                 "differ; average those of one training."
             )
-    means = {}
-    for file in (ADAPTER_WEIGHTS, SLOTS_FILE):
-        tensors = [load_file(folder / file) for folder in checkpoints]
-        means[file] = {
-            name: torch.stack([weight * own[name].float() for weight, own in zip(weights, tensors, strict=True)])
-            .sum(0)
+    means = {
+        file: {
+            name: torch.stack([weight * part[name].float() for weight, part in zip(weights, own, strict=True)])
+            .sum(dim=0)
             .to(tensor.dtype)
-            for name, tensor in tensors[-1].items()
+            for name, tensor in own[-1].items()
         }
+        for file, own in tensors.items()
+    }
     shutil.copytree(last, output, ignore=shutil.ignore_patterns(*OF_A_RUN))
     for file, mean in means.items():
         save_file(mean, output / file, metadata={"format": "pt"})
@@ -75,18 +81,6 @@ def average(checkpoints: list[Path], output: Path, weights: list[float] | None =
     if facts.stages:
         facts.stages[-1].settings["average of checkpoints"] = " : ".join(f"{weight:.2g}" for weight in weights)
         facts.save(output)
-
-
-def _differences(one: Path, other: Path) -> list[str]:
-    """Names of the settings and tensors that are not the same."""
-    configs = [json.loads((folder / "config.json").read_text()) for folder in (one, other)]
-    differences = [name for name in ARCHITECTURE if configs[0].get(name) != configs[1].get(name)]
-    for file in (ADAPTER_WEIGHTS, SLOTS_FILE):
-        first, second = (
-            {name: tensor.shape for name, tensor in load_file(folder / file).items()} for folder in (one, other)
-        )
-        differences += sorted(name for name in {*first, *second} if first.get(name) != second.get(name))
-    return differences
 
 
 def main(argv: list[str] | None = None) -> None:
