@@ -498,6 +498,19 @@ def test_icae_sft_trains_answers_and_the_reconstruction_of_documents(config_file
     assert starts[False] and all(start in "A document that no prompt is about. " * 2 for start in starts[False])
 
 
+def test_documents_mixed_in_are_of_all_files_alike(config_file, monkeypatch):
+    from icae.cli import main
+
+    folder, seen = config_file.parent, []
+    monkeypatch.setattr("icae.trainers.sft.ICAESFTTrainer", lambda *_, documents, **__: seen.extend(documents["text"]))
+    monkeypatch.setattr("icae.trainers.sft.run", lambda *_: None)
+    for name, number in (("many", 9), ("few", 2)):
+        Dataset.from_dict({"text": [name * 5] * number}).to_parquet(folder / f"{name}.parquet")
+    files = ["--document_files", str(folder / "many.parquet"), str(folder / "few.parquet")]
+    assert main(["sft", "--config", str(config_file), *files, "--document_characters", "35"]) == 0
+    assert seen == ["many" * 5] * 2 + ["few" * 5] * 2
+
+
 def test_the_teacher_writes_responses_to_tune_on(config_file, make_icae, capsys):
     from icae.cli import main
 

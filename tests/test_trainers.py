@@ -261,6 +261,28 @@ def test_train_samples_are_drawn_with_the_seed_and_evaluation_keeps_its_own(comm
     assert len(load_data(script, 1)[1]) == len(DOCUMENTS)
 
 
+def test_of_each_file_of_documents_so_many_characters_are_drawn_with_the_seed(tmp_path):
+    files = [str(tmp_path / name) for name in ("long.parquet", "short.parquet")]
+    long, short = [f"{number}" * 50 for number in range(8)], ["a", "b"]
+    for file, texts in zip(files, (long, short), strict=True):
+        Dataset.from_dict({"text": texts, "source": ["x"] * len(texts)}).to_parquet(file)
+    script = ScriptArguments(train_files=files, document_characters=120)
+    first, again, other = (load_data(script, seed, "text")[0]["text"] for seed in (1, 1, 2))
+    # Three of 50 characters reach 120, and all of the other file do not.
+    assert len(set(first) & set(long)) == 3 and set(short) < set(first) and len(first) == 5
+    assert list(first) == list(again) and set(first) != set(other)
+
+
+@pytest.mark.parametrize(
+    ("options", "got"),
+    [({"train_files": ["x.parquet"], "streaming": True}, "streamed ones"), ({"dataset_name": "x"}, "none")],
+)
+def test_characters_of_what_is_not_a_local_file_of_documents_are_refused(options, got):
+    script = ScriptArguments(document_characters=120, **options)
+    with pytest.raises(ValueError, match=f"that are not streamed, got {got}; leave it out, or give such files"):
+        load_data(script, 0, "text")
+
+
 @pytest.mark.parametrize("preset", ["paper", "cpu", "gpu_135m", "gpu_1b", "gpu_7b"])
 def test_the_presets_are_understood(preset, tmp_path):
     from trl import TrlParser

@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     script, icae, config = parser.parse_args_and_config(argv)
     set_seed(config.seed)  # before the adapter and the slots get their first values
     model = load_model(script, icae, cpu=config.use_cpu)
-    trainer = ICAEPretrainingTrainer(model, config, *load_data(script, config.seed))
+    trainer = ICAEPretrainingTrainer(model, config, *load_data(script, config.seed, config.text_column))
     if trainer.eval_dataset is not None:
         # Shuffled, so that all sources are in the few samples, and that neighbours are of different texts.
         trainer.eval_dataset = trainer.eval_dataset.shuffle(seed=config.seed).take(script.eval_samples)

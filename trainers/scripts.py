@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
+import numpy as np
+from datasets import concatenate_datasets, load_dataset
 
 from icae.configuration_icae import ICAEConfig
 from icae.dtypes import resolve_dtype
@@ -39,6 +40,13 @@ class ScriptArguments:
     streaming: bool = field(default=False, metadata={"help": "Stream the data set instead of downloading it."})
     train_samples: int | None = field(
         default=None, metadata={"help": "So many rows of the training data, drawn with `seed`. Default: all."}
+    )
+    document_characters: int | None = field(
+        default=None,
+        metadata={
+            "help": "Of each local file of documents so many characters only, in whole documents drawn with `seed`, "
+            "so that no kind of text drowns the others. Default: all."
+        },
     )
     eval_samples: int = field(default=64, metadata={"help": "Held-out samples of each evaluation."})
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in `output_dir`."})
@@ -91,11 +99,37 @@ def load_parquet(files: list[str], streaming: bool = False):
     return load_dataset("parquet", data_files=files, split="train", streaming=streaming)
 
 
-def load_data(script: ScriptArguments, seed: int):
-    """The data sets to train and to evaluate on."""
-    streaming, evaluation = script.streaming, None
-    if script.train_files:
+def load_documents(script: ScriptArguments, files: list[str] | None, seed: int, text_column: str = "text"):
+    """
+    The documents of local Parquet files, or of each file as many as it takes to reach `document_characters`.
+
+    Raises:
+        `ValueError`: if `document_characters` comes without files, or with streaming.
+    """
+    if script.document_characters is None:
+        return load_parquet(files, script.streaming) if files else None
+    if not files or script.streaming:
+        raise ValueError(
+            "Expected `document_characters` with local files of documents that are not streamed, got "
+            f"{'streamed ones' if files else 'none'}; leave it out, or give such files."
+        )
+    parts = []
+    for file in files:
+        documents = load_parquet([file]).select_columns(text_column).shuffle(seed=seed)
+        lengths = np.array([len(text) for text in documents[text_column]])
+        before = np.cumsum(lengths) - lengths
+        parts.append(documents.take(int((before < script.document_characters).sum())))
+    return concatenate_datasets(parts)
+
+
+def load_data(script: ScriptArguments, seed: int, text_column: str | None = None):
+    """The data sets to train and to evaluate on; with a `text_column`, of documents."""
+    streaming, train, evaluation = script.streaming, None, None
+    if text_column is not None:
+        train = load_documents(script, script.train_files, seed, text_column)
+    elif script.train_files:
         train = load_parquet(script.train_files, streaming)
+    if train is not None:
         if script.eval_files:
             evaluation = load_parquet(script.eval_files)
     elif script.dataset_name:

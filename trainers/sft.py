@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from transformers import EarlyStoppingCallback, set_seed
 from trl import TrlParser
 
-from .scripts import ICAEArguments, ScriptArguments, load_data, load_model, load_parquet, run
+from .scripts import ICAEArguments, ScriptArguments, load_data, load_documents, load_model, run
 from .sft_config import ICAESFTConfig
 from .sft_trainer import ICAESFTTrainer
 
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     train_dataset, eval_dataset = load_data(script, config.seed)
     if eval_dataset is not None:
         eval_dataset = eval_dataset.shuffle(seed=config.seed).take(script.eval_samples)
-    documents = load_parquet(script.document_files, script.streaming) if script.document_files else None
+    documents = load_documents(script, script.document_files, config.seed)
     callbacks = []
     if script.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(script.early_stopping_patience))
