@@ -22,12 +22,8 @@ ARCHITECTURE = (
     *("base_model_fingerprint", "memory_type", "span_length", "compression_ratio", "num_memory_slots"),
     *("encoder_layout", "decoder_layout", "lora_r", "lora_alpha"),
 )
-OF_A_RUN = (
-    "checkpoint-*",
-    "run.json",
-    "trainer_state.json",
-    "training_args.bin",
-)  # not of its weights, so not of the mean
+# Of a run, not of its weights, so not of the mean.
+OF_A_RUN = ("checkpoint-*", "run.json", "trainer_state.json", "training_args.bin")
 
 
 def average(checkpoints: list[Path], output: Path, weights: list[float] | None = None) -> None:

@@ -101,10 +101,11 @@ def load_parquet(files: list[str], streaming: bool = False):
 
 def load_documents(script: ScriptArguments, files: list[str] | None, seed: int, text_column: str = "text"):
     """
-    The documents of local Parquet files, or of each file as many as it takes to reach `document_characters`.
+    The documents of local Parquet files, or none without files. With `document_characters`, of each file as many whole
+    documents, drawn with `seed`, as it takes to reach so many characters: the last one may go over.
 
     Raises:
-        `ValueError`: if `document_characters` comes without files, or with streaming.
+        `ValueError`: if `document_characters` comes without files, with streaming, or without a column `text_column`.
     """
     if script.document_characters is None:
         return load_parquet(files, script.streaming) if files else None
