@@ -4,7 +4,7 @@ import torch
 from datasets import Dataset
 
 from icae.trainers import DataCollatorForICAEPretraining, prepare_pretraining_dataset
-from icae.trainers.pretraining_data import cut_document
+from icae.trainers.pretraining_data import cut_document, shuffle_words
 
 
 TEXTS = ["The lighthouse keeper had not spoken to anyone.", "", "x", "A train leaves at nine. " * 20]
@@ -40,6 +40,39 @@ def test_samples_depend_on_neither_processes_nor_batches_nor_streaming(tokenizer
     assert samples(streamed) == expected
     other_seed = prepare_pretraining_dataset(documents, tokenizer, **(OPTIONS | {"seed": 6}))
     assert samples(other_seed) != expected
+
+
+def test_words_are_shuffled_within_runs_of_twelve_and_none_is_lost():
+    assert shuffle_words("The keeper had not spoken to anyone.\n", np.random.default_rng(0)) == (
+        "had spoken not anyone.\nto The keeper "
+    )
+    text = "  " + " ".join(f"{number:02}" for number in range(30)) + "\n"
+    words = shuffle_words(text, np.random.default_rng(1)).split()
+    assert words != text.split()
+    for first in (0, 12, 24):
+        assert sorted(words[first : first + 12]) == text.split()[first : first + 12]
+    for same in ("", " \n", "x"):
+        assert shuffle_words(same, np.random.default_rng(0)) == same
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_of_a_share_of_documents_words_are_shuffled_for_autoencoding_only(tokenizer, streaming):
+    texts = [" ".join(f"{word}{number}" for word in ("one", "two", "three", "four", "five")) for number in range(60)]
+    documents = Dataset.from_dict({"text": texts})
+    if streaming:
+        documents = documents.to_iterable_dataset()
+    options = OPTIONS | {"max_spans": 1, "short_share": 0.0, "continuation_length": 9, "shuffled_share": 0.5}
+    options["span_length"] = min(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts) - 2
+    prepared = samples(prepare_pretraining_dataset(documents, tokenizer, **options))
+    decoded, following = "", 0
+    for context, continuation, _ in prepared:
+        decoded += tokenizer.decode(context)
+        following += bool(continuation)
+    whole = [text for text in texts if text in decoded]
+    assert 15 < len(whole) < 45 and following == len(whole)
+    for text in texts:
+        assert all(word in decoded for word in text.split())
+    assert samples(prepare_pretraining_dataset(documents, tokenizer, **options)) == prepared
 
 
 def test_control_tokens_in_a_document_stay_text(tokenizer):

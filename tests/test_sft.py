@@ -224,6 +224,29 @@ def test_documents_in_another_form_than_the_triples_are_refused(make_icae):
         prepare_sft_dataset(TRIPLES, make_icae(), documents=documents, pretraining_share=0.5)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_words_of_documents_are_shuffled_and_those_of_contexts_are_not(make_icae, streaming):
+    texts = [" ".join(f"{word}{number}" for word in ("one", "two", "three")) + "\n" for number in range(9)]
+    triples, documents = TRIPLES, Dataset.from_dict({"text": texts})
+    if streaming:
+        triples, documents = triples.to_iterable_dataset(), documents.to_iterable_dataset()
+    model = make_icae()
+    options = {"documents": documents, "pretraining_share": 0.5, "shuffled_share": 1.0}
+    prepared = prepare_sft_dataset(triples, model, **options)
+    samples = list(prepared.take(24) if streaming else prepared)
+    written = {True: "", False: ""}
+    for sample in samples:
+        written[bool(sample["prompt_ids"])] += model.tokenizer.decode(sample["context_ids"])
+    assert any(context in written[True] for context in CONTEXTS)
+    assert written[False] and sum(text in written[False] for text in texts) < 6
+    assert not any(sample["continuation_ids"] for sample in samples)
+
+
+def test_a_shuffled_share_without_documents_is_refused(make_icae):
+    with pytest.raises(ValueError, match=r"Expected `documents` with a `shuffled_share` of 0\.5, got none: wo"):
+        prepare_sft_dataset(TRIPLES, make_icae(), pretraining_share=0.5, shuffled_share=0.5)
+
+
 def test_documents_without_a_share_are_refused(make_icae):
     documents = Dataset.from_dict({"text": CONTEXTS})
     with pytest.raises(ValueError, match="Expected a `pretraining_share` above 0 with `documents`, got 0"):

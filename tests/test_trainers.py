@@ -180,6 +180,26 @@ def test_a_weight_outside_its_range_is_refused(tmp_path):
         ICAEPretrainingConfig(output_dir=str(tmp_path), autoencoding_weight=1.5)
 
 
+@pytest.mark.parametrize(("share", "weight"), [(1.5, 0.5), (-0.1, 0.5), (0.5, 0.0)])
+def test_shuffled_documents_where_they_train_nothing_are_refused(tmp_path, share, weight):
+    with pytest.raises(
+        ValueError,
+        match=rf"Expected `shuffled_share` in \[0, 1\], and 0 without .*, got {share} with an .* of {weight}",
+    ):
+        ICAEPretrainingConfig(output_dir=str(tmp_path), shuffled_share=share, autoencoding_weight=weight)
+
+
+def test_held_out_documents_are_not_shuffled(make_icae, tmp_path):
+    options = {"report_to": "none", "use_cpu": True, "shuffled_share": 1.0, "max_spans": 1, "short_share": 0.0}
+    args = ICAEPretrainingConfig(output_dir=str(tmp_path), **options)
+    trainer = ICAEPretrainingTrainer(make_icae(), args, DOCUMENTS, DOCUMENTS)
+    decode = trainer.model.tokenizer.decode
+    training = "".join(map(decode, trainer.train_dataset["context_ids"]))
+    held_out = "".join(map(decode, trainer.eval_dataset["context_ids"]))
+    assert held_out == "".join(DOCUMENTS["text"]) != training
+    assert not any(trainer.train_dataset["continuation_ids"]) and any(trainer.eval_dataset["continuation_ids"])
+
+
 def test_gradient_checkpointing_trains_to_the_same_weights(make_trainer, make_icae):
     plain = make_trainer("plain", model=make_icae(), max_steps=2)
     plain.train()

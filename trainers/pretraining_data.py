@@ -6,6 +6,7 @@ that follow it, and every token is in exactly one context. The cuts depend on th
 data set only — not on processes or what was read before. (Of a streamed data set it is the place in a worker's part.)
 """
 
+import re
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 IDS = List(Value("int64"))
 # Of the samples: without, the type of a column of empty lists would stay open.
 FEATURES = Features({"context_ids": IDS, "continuation_ids": IDS, "length": Value("int64")})
+SHUFFLED_RUN = 12  # words, those of a few slots
 
 
 def cut_document(
@@ -53,6 +55,22 @@ def cut_document(
     return samples
 
 
+def shuffle_words(text: str, rng: np.random.Generator) -> str:
+    r"""
+    Shuffles words, with the white space behind them, within runs of 12 words.
+
+    Example:
+
+    ```python
+    >>> shuffle_words("The keeper had not spoken to anyone.\n", np.random.default_rng(0))
+    'had spoken not anyone.\nto The keeper '
+    ```
+    """
+    words = re.findall(r"\s*\S+\s*|\s+", text)
+    runs = [words[first : first + SHUFFLED_RUN] for first in range(0, len(words), SHUFFLED_RUN)]
+    return "".join(run[place] for run in runs for place in rng.permutation(len(run)))
+
+
 def prepare_pretraining_dataset(
     dataset: AnyDataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -61,6 +79,7 @@ def prepare_pretraining_dataset(
     max_spans: int = 2,
     short_share: float = 0.1,
     continuation_length: int = 32,
+    shuffled_share: float = 0.0,
     seed: int = 0,
     text_column: str = "text",
 ) -> AnyDataset:
@@ -69,7 +88,8 @@ def prepare_pretraining_dataset(
     and `length` (tokens of the context).
 
     Names of control tokens in a document stay text. Contexts without a continuation (the ends of documents) are kept;
-    they train autoencoding only.
+    they train autoencoding only. So do all of `shuffled_share` of the documents: their words are shuffled first (see
+    [`shuffle_words`]), so that the order within a slot cannot be guessed.
 
     Raises:
         `ValueError`: if `text_column` is missing.
@@ -79,16 +99,22 @@ def prepare_pretraining_dataset(
         raise ValueError(f"Expected a column {text_column!r} with documents, got {columns}; rename one of them to it.")
 
     def cut(batch: dict, indices: list[int]) -> dict[str, list]:
-        documents = tokenizer(batch[text_column], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        rngs = [np.random.default_rng([seed, index]) for index in indices]
+        shuffled = [shuffled_share > 0 and rng.random() < shuffled_share for rng in rngs]
+        texts = [
+            shuffle_words(text, rng) if shuffle else text
+            for text, rng, shuffle in zip(batch[text_column], rngs, shuffled, strict=True)
+        ]
+        documents = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         samples = []
-        for index, ids in zip(indices, documents, strict=True):
+        for ids, rng, shuffle in zip(documents, rngs, shuffled, strict=True):
             samples += cut_document(
                 ids,
-                np.random.default_rng([seed, index]),
+                rng,
                 span_length=span_length,
                 max_spans=max_spans,
                 short_share=short_share,
-                continuation_length=continuation_length,
+                continuation_length=0 if shuffle else continuation_length,
             )
         return {
             "context_ids": [context for context, _ in samples],

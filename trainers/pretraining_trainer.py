@@ -45,6 +45,7 @@ class ICAEPretrainingTrainer(ICAETrainer):
             max_spans=args.max_spans,
             short_share=args.short_share,
             continuation_length=args.continuation_length,
+            shuffled_share=args.shuffled_share if training else 0.0,
             seed=args.seed if args.data_seed is None else args.data_seed,
             text_column=args.text_column,
         )

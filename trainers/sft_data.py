@@ -46,6 +46,7 @@ def prepare_sft_dataset(
     documents: AnyDataset | None = None,
     max_spans: int = 2,
     continuation_length: int = 32,
+    shuffled_share: float = 0.0,
     max_context_length: int | None = None,
     seed: int = 0,
 ) -> AnyDataset:
@@ -73,15 +74,22 @@ def prepare_sft_dataset(
             As many are drawn as the share says, the same in each epoch; if the documents are fewer, they repeat.
         max_spans (`int`, *optional*, defaults to 2): such a sample has 1 to `max_spans` whole spans.
         continuation_length (`int`, *optional*, defaults to 32): tokens of the continuation of such a sample.
+        shuffled_share (`float`, *optional*, defaults to 0.0):
+            Share of `documents` whose words are shuffled, see [`prepare_pretraining_dataset`].
         max_context_length (`int`, *optional*): rows with more context tokens are left out. A warning counts them.
         seed (`int`, *optional*, defaults to 0): of the choice of these samples.
 
     Raises:
-        `ValueError`: if columns are missing, a text is empty, or `documents` come without a share for them, in another
-            form than the triples, or without a token.
+        `ValueError`: if columns are missing, a text is empty, `documents` come without a share for them, in another
+            form than the triples, or without a token, or a `shuffled_share` comes without documents.
     """
     if documents is not None and not pretraining_share:
         raise ValueError("Expected a `pretraining_share` above 0 with `documents`, got 0; say how many to mix in.")
+    if shuffled_share and documents is None:
+        raise ValueError(
+            f"Expected `documents` with a `shuffled_share` of {shuffled_share}, got none: words of contexts, which "
+            "prompts are about, are not shuffled; give documents, or leave the share at 0."
+        )
     if documents is not None and type(documents) is not type(dataset):
         raise ValueError(
             f"Expected `documents` in the form of the triples, {type(dataset).__name__}, got "
@@ -168,6 +176,7 @@ def prepare_sft_dataset(
         max_spans=max_spans,
         short_share=SHORT_SHARE,
         continuation_length=continuation_length,
+        shuffled_share=shuffled_share,
         seed=seed,
     )
     if isinstance(samples, Dataset):

@@ -55,6 +55,7 @@ class ICAESFTTrainer(ICAETrainer):
             documents=self._documents if training else None,
             max_spans=args.max_spans,
             continuation_length=args.continuation_length,
+            shuffled_share=args.shuffled_share if training else 0.0,
             max_context_length=args.max_context_length,
             seed=args.seed if args.data_seed is None else args.data_seed,
         )

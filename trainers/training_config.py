@@ -21,6 +21,10 @@ class ICAETrainingConfig(SFTConfig):
         max_spans (`int`, *optional*, defaults to `2`):
             Contexts that these two tasks are trained on have 1 to `max_spans` whole spans. Paper, section 3.3.3:
             concatenated memories work only if a few samples of several spans are trained on.
+        shuffled_share (`float`, *optional*, defaults to `0.0`):
+            Share of documents whose words are shuffled within runs of 12, for autoencoding only. In sentences the base
+            can guess the order of the few words in a slot; here the slots must keep it. Normal text is learnt in fewer
+            tokens (results/shuffled.json).
     """
 
     autoencoding_weight: float = field(default=0.5, metadata={"help": "Weight λ of autoencoding. Paper: 0.4 to 0.6."})
@@ -29,6 +33,9 @@ class ICAETrainingConfig(SFTConfig):
     )
     max_spans: int = field(
         default=2, metadata={"help": "Contexts of these two tasks have 1 to `max_spans` whole spans."}
+    )
+    shuffled_share: float = field(
+        default=0.0, metadata={"help": "Share of documents with shuffled words, for autoencoding only."}
     )
 
     # Parameters whose default values are overridden from SFTConfig
@@ -60,6 +67,11 @@ class ICAETrainingConfig(SFTConfig):
             raise ValueError(
                 f"Expected `autoencoding_weight` in [0, 1], got {self.autoencoding_weight}; the paper's λ is 0.4 to "
                 "0.6."
+            )
+        if not 0 <= self.shuffled_share <= 1 or (self.shuffled_share and self.autoencoding_weight == 0):
+            raise ValueError(
+                "Expected `shuffled_share` in [0, 1], and 0 without autoencoding, all that shuffled documents train, "
+                f"got {self.shuffled_share} with an `autoencoding_weight` of {self.autoencoding_weight}."
             )
         if self.continuation_length == 0:
             self.autoencoding_weight = 1.0
