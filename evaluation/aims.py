@@ -30,7 +30,7 @@ AIMS = {  # by measure: the least or the most it should be
 }
 LEAST = 3  # evaluations of a run that a slope is drawn through
 # Learning curves of the runs of both stages, each from the end of the one before it.
-RUNS = ("embedded", "embedded-2", "sft", "sft-2", "embedded-3", "sft-3", "embedded-4", "sft-4", "sft-5", "sft-6")
+RUNS = "embedded embedded-2 sft sft-2 embedded-3 sft-3 embedded-4 sft-4 sft-5 sft-6 sft-7".split()
 
 
 def measures(
