@@ -57,7 +57,8 @@ def cut_document(
 
 def shuffle_words(text: str, rng: np.random.Generator) -> str:
     r"""
-    Shuffles words, with the white space behind them, within runs of 12 words.
+    Shuffles words, with the white space behind them, within runs of 12 words. No character is lost or added: where the
+    text's last word has no space behind it, it may come to stand against another.
 
     Example:
 

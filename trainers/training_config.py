@@ -23,8 +23,8 @@ class ICAETrainingConfig(SFTConfig):
             concatenated memories work only if a few samples of several spans are trained on.
         shuffled_share (`float`, *optional*, defaults to `0.0`):
             Share of documents whose words are shuffled within runs of 12, for autoencoding only. In sentences the base
-            can guess the order of the few words in a slot; here the slots must keep it. Normal text is learnt in fewer
-            tokens (results/shuffled.json).
+            can guess the order of the few words in a slot; here the slots must keep it, and after as many tokens
+            normal text is reconstructed better (results/shuffled.json).
     """
 
     autoencoding_weight: float = field(default=0.5, metadata={"help": "Weight λ of autoencoding. Paper: 0.4 to 0.6."})
