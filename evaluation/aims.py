@@ -45,8 +45,8 @@ def measures(
     found = _of_length(_only_model(reconstruction)["by_length"], length, name)
     values: dict[str, Measured] = {
         loss: (found["ae_loss"], found.get("ae_loss_interval")),
-        bleu: (found.get("bleu"), None),
-        prefix: (found.get("exact_prefix"), None),
+        bleu: (found.get("bleu"), found.get("bleu_interval")),
+        prefix: (found.get("exact_prefix"), found.get("exact_prefix_interval")),
     }
     if continuation is not None:
         found = _of_length(_only_model(continuation), length, "continuation")["icae"]

@@ -8,7 +8,7 @@ that a language model cannot guess (paper, table 3): `patterned`, every token id
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,8 +32,10 @@ from icae.modeling_icae import ICAEForConditionalGeneration
 
 
 QUICK = {"lengths": [64], "target_length": 16, "per_source": 1, "written_per_source": 1, "altered_length": 64}
-DEFAULTS = {"lengths": [64, 128, 256, 512], "target_length": 32, "per_source": 4, "batch_size": 8}
+DEFAULTS = {"lengths": [64, 128, 256, 512], "target_length": 32, "per_source": 4, "batch_size": 20}
 TASKS = {"ae": "autoencoding", "lm": "continuation"}
+WITH_INTERVAL = ("ae_loss", "exact_prefix")
+DRAWS = 1000  # bootstrap samples of BLEU
 Row = dict[str, Any]
 
 
@@ -91,33 +93,45 @@ def write_out(
 def evaluate(model: ICAEForConditionalGeneration, windows: list[Window], length: int, arguments) -> list[Row]:
     """The rows of all windows, and of the first ones of each source also what is written out."""
     sizes, seen, chosen = (length, arguments.target_length), Counter[str](), []
-    for window in windows:
+    for number, window in enumerate(windows):
         seen[window["source"]] += 1
         if seen[window["source"]] <= arguments.written_per_source:
-            chosen.append(window)
-    read = [row for batch in batches(windows, arguments.batch_size) for row in read_back(model, batch, *sizes)]
-    rows = [row | {"window": number} for number, row in enumerate(read)]
-    return rows + [row for batch in batches(chosen, arguments.batch_size) for row in write_out(model, batch, *sizes)]
+            chosen.append(number)
+
+    def rows_of(numbers: Sequence[int], read: Callable[..., list[Row]]) -> list[Row]:
+        parts = [[windows[number] for number in batch] for batch in batches(numbers, arguments.batch_size)]
+        found = [row for part in parts for row in read(model, part, *sizes)]
+        return [row | {"window": number} for number, row in zip(numbers, found, strict=True)]
+
+    return rows_of(range(len(windows)), read_back) + rows_of(chosen, write_out)
 
 
 def summarize(rows: list[Row]) -> dict[str, Any]:
     """
-    Means over rows, an interval of the main one, drawn over windows, which may have a row for each of several lengths,
-    and BLEU of all that was written out (0 to 1).
+    Means over rows, and BLEU of all that was written out (0 to 1). Intervals are drawn over windows, which may have a
+    row for each of several lengths; that of BLEU (sacrebleu's) is drawn over rows, so it is left out there.
     """
-    values, losses = defaultdict(list), defaultdict(list)
+    values = defaultdict(list)
+    of_windows: dict[str, dict[int, list[float]]] = {name: defaultdict(list) for name in WITH_INTERVAL}
     for row in rows:
-        if "ae_loss" in row:
-            losses[row["window"]].append(row["ae_loss"])
         for key, value in row.items():
             if isinstance(value, float):
                 values[key].append(value)
+            if key in WITH_INTERVAL:
+                of_windows[key][row["window"]].append(value)
     summary: dict[str, Any] = {key: mean(found) for key, found in values.items()}
-    interval = mean_interval([mean(found) for found in losses.values()])
-    summary |= {"ae_loss_interval": interval, "rows": len(values["ae_loss"])}
+    for name, found in of_windows.items():
+        if found:
+            summary[f"{name}_interval"] = mean_interval([mean(same) for same in found.values()])
+    summary["rows"] = len(values["ae_loss"])
     if written := [row for row in rows if "written" in row]:
-        score = BLEU().corpus_score([row["written"] for row in written], [[row["text"] for row in written]])
+        draws = DRAWS if len(written) == len({row["window"] for row in written}) > 1 else 1
+        texts = [row["written"] for row in written], [[row["text"] for row in written]]
+        score: Any = BLEU().corpus_score(*texts, n_bootstrap=draws)
         summary |= {"bleu": score.score / 100, "written": len(written)}
+        if draws > 1:
+            middle, half = score._mean / 100, score._ci / 100
+            summary["bleu_interval"] = [max(0.0, middle - half), min(1.0, middle + half)]
     return summary
 
 
@@ -133,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_document_arguments(parser)
     add_window_arguments(parser)
-    parser.add_argument("--written-per-source", type=int, default=2, help="windows of each that are written out")
+    parser.add_argument("--written-per-source", type=int, default=4, help="windows of each that are written out")
     parser.add_argument("--altered-length", type=int, default=128, help="context tokens of altered text; 0: none")
     parser.set_defaults(**DEFAULTS)
     arguments = parse(parser, argv, QUICK)

@@ -187,6 +187,8 @@ def test_reconstruction_reports_lengths_sources_and_altered_text_beside_the_cont
     measures = {"ae_loss", "ae_loss_other_text", "ae_accuracy", "lm_loss", "lm_loss_other_text", "bleu"}
     assert measures | {"exact_prefix"} <= set(row)
     assert row["rows"] == record["rows"] == 8 and row["written"] == 4
+    low, high = row["by_length"]["16"]["bleu_interval"]
+    assert 0 <= low <= row["by_length"]["16"]["bleu"] <= high <= 1 and len(row["exact_prefix_interval"]) == 2
     assert record["context_tokens"] == 4 * (16 + 32) and row["slots"] == {"16": 4, "32": 8}
     assert list(row["by_length"]) == ["16", "32"] and set(row["by_source"]) == {"prose", "speech"}
     assert row["by_text"]["normal"] == row["by_length"]["16"]
@@ -219,6 +221,27 @@ def test_the_interval_over_several_lengths_is_drawn_over_windows_not_rows():
     rows = [{"window": window, "ae_loss": loss} for _ in range(5) for window, loss in enumerate(losses)]
     summary = reconstruction.summarize(rows)
     assert summary["rows"] == 15 and summary["ae_loss_interval"] == reconstruction.mean_interval(losses)
+
+
+def written_rows(windows: list[int]) -> list[dict]:
+    text = "the keeper of the light had not spoken to anyone"
+    return [{"window": window, "ae_loss": 1.0} for window in windows] + [
+        {"window": window, "exact_prefix": share, "written": text if share == 1 else "the keeper of it", "text": text}
+        for window, share in zip(windows, (1.0, 0.25, 1.0, 0.5), strict=True)
+    ]
+
+
+def test_what_is_written_out_has_intervals_that_hold_its_mean():
+    summary = reconstruction.summarize(written_rows([0, 1, 2, 3]))
+    assert summary["exact_prefix_interval"] == reconstruction.mean_interval([1.0, 0.25, 1.0, 0.5])
+    low, high = summary["bleu_interval"]
+    assert 0 <= low < summary["bleu"] < high <= 1
+
+
+def test_bleu_has_no_interval_where_several_lengths_of_a_window_were_written():
+    summary = reconstruction.summarize(written_rows([0, 1, 0, 1]))
+    assert "bleu_interval" not in summary
+    assert summary["exact_prefix_interval"] == reconstruction.mean_interval([1.0, 0.375])
 
 
 def test_altered_text_keeps_its_length_and_holds_no_control_token(tokenizer):
