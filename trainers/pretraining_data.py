@@ -21,7 +21,6 @@ AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 IDS = List(Value("int64"))
 # Of the samples: without, the type of a column of empty lists would stay open.
 FEATURES = Features({"context_ids": IDS, "continuation_ids": IDS, "length": Value("int64")})
-SHUFFLED_RUN = 12  # words, those of a few slots
 
 
 def cut_document(
@@ -57,8 +56,8 @@ def cut_document(
 
 def shuffle_words(text: str, rng: np.random.Generator) -> str:
     r"""
-    Shuffles words, with the white space behind them, within runs of 12 words. No character is lost or added: where the
-    text's last word has no space behind it, it may come to stand against another.
+    Shuffles the words of a text, with the white space behind them. No character is lost or added: where the last word
+    has no space behind it, it may come to stand against another.
 
     Example:
 
@@ -68,8 +67,7 @@ def shuffle_words(text: str, rng: np.random.Generator) -> str:
     ```
     """
     words = re.findall(r"\s*\S+\s*|\s+", text)
-    runs = [words[first : first + SHUFFLED_RUN] for first in range(0, len(words), SHUFFLED_RUN)]
-    return "".join(run[place] for run in runs for place in rng.permutation(len(run)))
+    return "".join(words[place] for place in rng.permutation(len(words)))
 
 
 def prepare_pretraining_dataset(
@@ -90,7 +88,7 @@ def prepare_pretraining_dataset(
 
     Names of control tokens in a document stay text. Contexts without a continuation (the ends of documents) are kept;
     they train autoencoding only. So do all of `shuffled_share` of the documents: their words are shuffled first (see
-    [`shuffle_words`]), so that the order within a slot cannot be guessed.
+    [`shuffle_words`]), so that they cannot be guessed from each other.
 
     Raises:
         `ValueError`: if `text_column` is missing.

@@ -22,9 +22,9 @@ class ICAETrainingConfig(SFTConfig):
             Contexts that these two tasks are trained on have 1 to `max_spans` whole spans. Paper, section 3.3.3:
             concatenated memories work only if a few samples of several spans are trained on.
         shuffled_share (`float`, *optional*, defaults to `0.0`):
-            Share of documents whose words are shuffled within runs of 12, for autoencoding only. In sentences the base
-            can guess the order of the few words in a slot; here the slots must keep it, and after as many tokens
-            normal text is reconstructed better (results/shuffled.json).
+            Share of documents whose words are shuffled, for autoencoding only. In sentences the base can guess many
+            words and the order of others; here the slots must keep them, and after as many tokens normal text is
+            reconstructed better, but a share of 1 forgets continuation (results/shuffled_throughout.json).
     """
 
     autoencoding_weight: float = field(default=0.5, metadata={"help": "Weight λ of autoencoding. Paper: 0.4 to 0.6."})
