@@ -39,8 +39,8 @@ class ICAEConfig(PreTrainedConfig):
         num_memory_slots (`int`, *optional*):
             A fixed number of slots per span, whatever its length (paper: 128), but never more slots than tokens.
         encoder_layout (`str`, *optional*, defaults to `"uniform"`):
-            Position ids of the slots in the encoder. `"uniform"` spreads them over the positions of their span (after
-            EPL, 1azybug/UPL), `"sequential"` appends them (paper).
+            Position ids of the slots in the encoder. `"uniform"` puts each in the middle of its part of the span
+            (after EPL, 1azybug/UPL), `"sequential"` appends them (paper).
         decoder_layout (`str` or `dict[str, str]`, *optional*, defaults to `"uniform"`):
             Position ids in the decoder, for all tasks or per task (`"autoencoding"`, `"continuation"`,
             `"instruction"`). `"uniform"`: slots stand where their text stood; autoencoding rewrites that text from its

@@ -278,9 +278,12 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         place = torch.arange(-ids.shape[1], 0, device=device) + 1 + lengths + counts  # 0 at [start], S + 1 at m1
         slot_index = place - lengths  # 1 at m1
 
-        # Uniform: slot j of K closes the j-th of K equal parts of its span, and stands where that part ends.
-        part_ends = (-(-slot_index * lengths // counts)).minimum(lengths)
-        slot_places = part_ends if self.config.encoder_layout == "uniform" else place
+        # Uniform: slot j of K stands in the middle of the j-th of K equal parts of its span. (A slot holds the tokens
+        # around its position best: at the ends of their parts, the first slot would have too many and the last too few.)
+        uniform = self.config.encoder_layout == "uniform"
+        part_ends = -(-slot_index * lengths // counts)
+        part_starts = -(-(slot_index - 1) * lengths // counts) + 1
+        slot_places = (part_starts + part_ends + 1) // 2 if uniform else place
         text = self._embed(ids)
         memory = self.memory_embeddings[(slot_index - 1).clamp(min=0)].to(text.dtype)
         embeds = torch.where((slot_index > 0)[..., None], memory, text)
@@ -295,9 +298,9 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             slots = _pack([(layer.keys[:, :, last], layer.values[:, :, last]) for layer in cache.layers])
         else:
             slots = hidden[:, last]  # (N, 1 + S + K, H) -> (N, K, H)
-            slot_places = part_ends  # where the text stood; the decoder's layout decides
         keep = (slot_index > 0)[:, last]
-        return slots[keep], (slot_places + shifts[:, None])[:, last][keep]
+        ends = part_ends if uniform or not is_cache else place  # what comes next stands behind the text, or the slots
+        return slots[keep], (ends + shifts[:, None])[:, last][keep]
 
     # ----------------------------------------------------------------------------------------------- slots to text
 

@@ -73,7 +73,9 @@ class Reference:
             length = len(span)
             count = -(-length // int(config.compression_ratio))
             ends = [-(-slot * length // count) for slot in range(1, count + 1)]
-            own = ends if config.encoder_layout == "uniform" else [length + slot for slot in range(1, count + 1)]
+            middles = [(start + 1 + end + 1) // 2 for start, end in zip([0, *ends], ends, strict=False)]
+            uniform = config.encoder_layout == "uniform"
+            own = middles if uniform else [length + slot for slot in range(1, count + 1)]
             tokens = self.embed([1, *span])
             embeds = torch.cat([tokens, self.model.memory_embeddings[None, :count]], dim=1)
             shift = before if keeps else 0
@@ -84,7 +86,7 @@ class Reference:
             finally:
                 mode["keep"] = None
             slots.append(states[:, -count:])
-            positions += [before + place for place in (own if keeps else ends)]
+            positions += [before + place for place in (ends if uniform or not keeps else own)]
             before += length + (count if keeps and config.encoder_layout == "sequential" else 0)
         return None if keeps else torch.cat(slots, dim=1), positions
 

@@ -100,8 +100,10 @@ def reference_loss(base, merged, model, ids, memory_type, layout):
     num_slots = -(-length // 4)
     text, start = embed(ids), embed(torch.tensor([[1]]))
     slots = model.memory_embeddings[None, :num_slots]
-    ends = -(-torch.arange(1, num_slots + 1) * length // num_slots)
-    slot_positions = ends if layout == "uniform" else length + torch.arange(1, num_slots + 1)
+    ends = -(-torch.arange(num_slots + 1) * length // num_slots)
+    starts, ends = ends[:-1] + 1, ends[1:]
+    middles = (starts + ends + 1) // 2
+    slot_positions = middles if layout == "uniform" else length + torch.arange(1, num_slots + 1)
     tokens = torch.arange(1, length + 1)
     encoder_positions = torch.cat([torch.zeros(1, dtype=torch.long), tokens, slot_positions])[None]
     mark = model.task_embeddings[None, :1]

@@ -89,6 +89,25 @@ def test_a_streamed_data_set_trains_and_resumes_exactly(make_icae, tmp_path):
     assert run("resumed", run("unbroken") and str(tmp_path / "unbroken" / "checkpoint-3")) == run("again")
 
 
+@pytest.mark.parametrize("count", [1, 4, 5, 401])
+def test_groups_of_similar_length_come_in_random_order_the_longest_first(make_icae, tmp_path, count):
+    samples = [
+        {"context_ids": [5] * length, "continuation_ids": [], "length": length} for length in range(1, 1 + count)
+    ]
+    options = SHORT_RUN | {"per_device_train_batch_size": 4, "train_sampling_strategy": "group_by_length"}
+    args = ICAEPretrainingConfig(output_dir=str(tmp_path), **options)
+    trainer = ICAEPretrainingTrainer(make_icae(), args, Dataset.from_list(samples))
+    torch.manual_seed(0)
+    order = list(trainer._get_train_sampler())
+    groups = [order[start : start + 4] for start in range(0, count, 4)]
+    assert sorted(order) == list(range(count)) and len(trainer._get_train_sampler()) == count
+    assert order[0] == count - 1 and all(len(group) == 4 for group in groups[:-1])
+    if count > 400:
+        assert sum(max(group) - min(group) for group in groups[1:-1]) / 99 < 25  # of 400
+        rises = sum(later[0] > earlier[0] for earlier, later in zip(groups[1:-1], groups[2:-1], strict=False))
+        assert 40 < rises < 58  # of 98; three where groups come from long to short, four times
+
+
 def test_checkpoints_hold_the_adapter_and_slots_but_not_the_base(make_trainer):
     trainer = make_trainer()
     trainer.train()

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo
+from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress, logging
 from trl import SFTTrainer
@@ -127,6 +129,12 @@ class ICAETrainer(SFTTrainer):
         return {}
 
     # ------------------------------------------------------------------------------------------------------- training
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            return _ShuffledGroupsSampler(sampler, sampler.batch_size * self.args.world_size)
+        return sampler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs: ICAEOutput = model(**inputs, **self._weights(inputs))
@@ -374,6 +382,29 @@ class _BestCheckpoint(TrainerCallback):
                 f"The best checkpoint so far, {best.name!r}, is not in `output_dir`; the best is looked for again."
             )
             state.best_model_checkpoint = state.best_metric = state.best_global_step = None
+
+
+class _ShuffledGroupsSampler(Sampler):
+    """
+    Groups of samples of similar length, in random order.
+
+    As transformers orders them, from long to short and so again every 50 batches, tasks whose contexts differ in
+    length would take turns. The longest sample stays in the first batch, where a lack of memory shows, and what is
+    left over in the last.
+    """
+
+    def __init__(self, grouped: LengthGroupedSampler, group_size: int):
+        self.grouped, self.group_size = grouped, group_size
+
+    def __len__(self) -> int:
+        return len(self.grouped)
+
+    def __iter__(self) -> Iterator[int]:
+        samples = list(self.grouped)
+        groups = [samples[start : start + self.group_size] for start in range(0, len(samples), self.group_size)]
+        between = groups[1 : len(samples) // self.group_size]
+        groups[1 : 1 + len(between)] = [between[place] for place in torch.randperm(len(between))]
+        return (sample for group in groups for sample in group)
 
 
 class _GradientNorms(TrainerCallback):
