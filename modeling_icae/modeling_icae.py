@@ -279,7 +279,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         slot_index = place - lengths  # 1 at m1
 
         # Uniform: slot j of K stands in the middle of the j-th of K equal parts of its span. (A slot holds the tokens
-        # around its position best: at the ends of their parts, the first slot would have too many and the last too few.)
+        # around its position best: at the ends of their parts, the first would have too many and the last too few.)
         uniform = self.config.encoder_layout == "uniform"
         part_ends = -(-slot_index * lengths // counts)
         part_starts = -(-(slot_index - 1) * lengths // counts) + 1

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,7 @@ def test_groups_of_similar_length_come_in_random_order_the_longest_first(make_ic
     assert order[0] == count - 1 and all(len(group) == 4 for group in groups[:-1])
     if count > 400:
         assert sum(max(group) - min(group) for group in groups[1:-1]) / 99 < 25  # of 400
-        rises = sum(later[0] > earlier[0] for earlier, later in zip(groups[1:-1], groups[2:-1], strict=False))
+        rises = sum(later[0] > earlier[0] for earlier, later in pairwise(groups[1:-1]))
         assert 40 < rises < 58  # of 98; three where groups come from long to short, four times
 
 
