@@ -6,7 +6,7 @@ DATA ?= data
 STAMP := $(VENV)/.installed
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-fast test-oldest lint format types train-embedded tune-embedded evaluate evaluate-quick snapshot comparison bench clean
+.PHONY: demo test test-fast test-oldest lint format types train-embedded pretrain-embedded tune-embedded refine-embedded evaluate evaluate-quick snapshot comparison bench clean
 
 demo: $(STAMP)  ## compress passages of several kinds with the embedded checkpoint and show what comes back
 	$(BIN)/icae demo
@@ -40,17 +40,35 @@ types: $(STAMP)
 
 # DATA is a folder with Parquet files of documents (column `text`): train-*.parquet and validation.parquet.
 FILES = --train_files $(wildcard $(DATA)/train-*.parquet) --eval_files $(DATA)/validation.parquet
-train-embedded: $(STAMP)  ## the recipe of checkpoints/icae-smollm2-135m; goes on where it was interrupted
+train-embedded:  ## the recipe of checkpoints/icae-smollm2-135m, its stages below; goes on where it was interrupted
+	$(MAKE) pretrain-embedded
+	$(MAKE) tune-embedded
+	$(MAKE) refine-embedded
+
+pretrain-embedded: $(STAMP)  ## reconstruction and continuation
 	OMP_NUM_THREADS=1 $(BIN)/icae pretrain --config trainers/presets/cpu.yaml $(FILES) --resume true
 
 # TRIPLES is a folder with train.parquet and validation.parquet (columns `context`, `prompt`, `response`, `source`). What
 # is mixed in, so that reconstruction is not forgotten, comes from the documents in DATA. The recipe's batch is that of
 # two processes, one a core.
 TRIPLES ?= triples
-tune-embedded: $(STAMP)  ## its instruction stage; goes on where it was interrupted
+tune-embedded: $(STAMP)  ## the instruction stage
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2 -m icae.cli sft --config trainers/presets/sft_cpu.yaml \
 	  --init_from runs/icae-smollm2-135m --train_files $(TRIPLES)/train.parquet --eval_files $(TRIPLES)/validation.parquet \
 	  --document_files $(wildcard $(DATA)/train-*.parquet) --resume true
+
+# From the mean so far, a short run mostly on reconstruction and one on answers too; then the mean of the three.
+ROUNDS ?= 8
+refine-embedded: $(STAMP)  ## rounds of short runs and their means
+	set -e; export OMP_NUM_THREADS=1; start=runs/icae-smollm2-135m-sft; for round in $$(seq $(ROUNDS)); do \
+	  to=runs/round-$$round; options="--init_from $$start --seed $$round --data_seed $$round --resume true"; \
+	  if [ ! -e $$to/mean/config.json ]; then \
+	    $(BIN)/icae pretrain --config trainers/presets/round_cpu.yaml $(FILES) $$options --output_dir $$to/reconstruction; \
+	    $(BIN)/icae sft --config trainers/presets/sft_round_cpu.yaml --train_files $(TRIPLES)/train.parquet \
+	      --document_files $(wildcard $(DATA)/train-*.parquet) $$options --output_dir $$to/answers; \
+	    $(BIN)/icae average $$to/reconstruction $$to/answers $$start --weights 0.5 0.25 0.25 --output $$to/mean; \
+	  fi; start=$$to/mean; \
+	done
 
 # A few hours on one core. Each result has a stamp in runs/evaluated, so that the same command goes on after an
 # interruption and measures again what a new checkpoint makes old. Optional readers of `answers`: TUNED=FOLDER, an adapter

@@ -567,7 +567,9 @@ def test_the_teacher_writes_responses_to_tune_on(config_file, make_icae, capsys)
     assert len(prepare_sft_dataset(taught, model)) == len(kept)
 
 
-@pytest.mark.parametrize(("preset", "steps"), [("sft_cpu", 350), ("sft_comparison", 800), ("sft_gpu_135m", 98)])
+@pytest.mark.parametrize(
+    ("preset", "steps"), [("sft_cpu", 350), ("sft_round_cpu", 90), ("sft_comparison", 800), ("sft_gpu_135m", 98)]
+)
 def test_the_preset_is_understood(tmp_path, preset, steps):
     from trl import TrlParser
 

@@ -323,7 +323,7 @@ def test_characters_of_what_is_not_a_local_file_of_documents_are_refused(options
         load_data(script, 0, "text")
 
 
-@pytest.mark.parametrize("preset", ["paper", "cpu", "gpu_135m", "gpu_1b", "gpu_7b"])
+@pytest.mark.parametrize("preset", ["paper", "cpu", "round_cpu", "gpu_135m", "gpu_1b", "gpu_7b"])
 def test_the_presets_are_understood(preset, tmp_path):
     from trl import TrlParser
 
