@@ -41,6 +41,9 @@ types: $(STAMP)
 # DATA is a folder with Parquet files of documents (column `text`): train-*.parquet and validation.parquet.
 FILES = --train_files $(wildcard $(DATA)/train-*.parquet) --eval_files $(DATA)/validation.parquet
 train-embedded:  ## the recipe of checkpoints/icae-smollm2-135m, its stages below; goes on where it was interrupted
+	@for file in $(DATA)/validation.parquet $(TRIPLES)/train.parquet $(TRIPLES)/validation.parquet; do \
+	  [ -e $$file ] || { echo "Expected the file $$file; set DATA and TRIPLES to the folders of your data."; exit 1; }; \
+	done
 	$(MAKE) pretrain-embedded
 	$(MAKE) tune-embedded
 	$(MAKE) refine-embedded
@@ -66,7 +69,9 @@ refine-embedded: $(STAMP)  ## rounds of short runs and their means
 	    $(BIN)/icae pretrain --config trainers/presets/round_cpu.yaml $(FILES) $$options --output_dir $$to/reconstruction; \
 	    $(BIN)/icae sft --config trainers/presets/sft_round_cpu.yaml --train_files $(TRIPLES)/train.parquet \
 	      --document_files $(wildcard $(DATA)/train-*.parquet) $$options --output_dir $$to/answers; \
-	    $(BIN)/icae average $$to/reconstruction $$to/answers $$start --weights 0.5 0.25 0.25 --output $$to/mean; \
+	    rm -rf $$to/part; \
+	    $(BIN)/icae average $$to/reconstruction $$start $$to/answers --weights 0.5 0.25 0.25 --output $$to/part; \
+	    mv $$to/part $$to/mean; \
 	  fi; start=$$to/mean; \
 	done
 

@@ -71,7 +71,7 @@ def pushed(hub, tokenizer, tmp_path_factory):
     live = [hub_stranger.outputs(model.eval())]
     with torch.no_grad():
         for parameter in model.trainable_parameters().values():
-            parameter.mul_(1.5)
+            parameter.mul_(3)  # far enough for other answers
     model.save_pretrained(folder / "second")
     assemble(folder / "second", folder / "assembled", repo_id=REPO)
     commits.append(upload(folder / "assembled", REPO).oid)

@@ -10,6 +10,7 @@ import torch
 import yaml
 from datasets import Dataset
 from peft import LoraConfig
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from icae import ICAEForConditionalGeneration
 from icae.trainers import ICAEPretrainingConfig, ICAEPretrainingTrainer
@@ -60,10 +61,12 @@ def test_training_moves_all_that_is_trained_and_nothing_else(make_trainer, make_
     assert all(torch.equal(after[name], tensor) for name, tensor in frozen.items())
 
 
-def test_a_resumed_run_equals_an_unbroken_one(make_trainer):
-    unbroken = make_trainer("unbroken")
+@pytest.mark.parametrize("options", [{}, {"train_sampling_strategy": "group_by_length"}])
+def test_a_resumed_run_equals_an_unbroken_one(make_trainer, options):
+    options = options | {"per_device_train_batch_size": 2}  # a checkpoint inside of the second epoch
+    unbroken = make_trainer("unbroken", **options)
     unbroken.train()
-    resumed = make_trainer("resumed")
+    resumed = make_trainer("resumed", **options)
     resumed.train(resume_from_checkpoint=str(Path(unbroken.args.output_dir) / "checkpoint-3"))
     assert losses(resumed) == losses(unbroken)
     for name, tensor in weights(resumed.model).items():
@@ -97,15 +100,17 @@ def test_groups_of_similar_length_come_in_random_order_the_longest_first(make_ic
     ]
     options = SHORT_RUN | {"per_device_train_batch_size": 4, "train_sampling_strategy": "group_by_length"}
     args = ICAEPretrainingConfig(output_dir=str(tmp_path), **options)
-    trainer = ICAEPretrainingTrainer(make_icae(), args, Dataset.from_list(samples))
-    torch.manual_seed(0)
-    order = list(trainer._get_train_sampler())
-    groups = [order[start : start + 4] for start in range(0, count, 4)]
-    assert sorted(order) == list(range(count)) and len(trainer._get_train_sampler()) == count
-    assert order[0] == count - 1 and all(len(group) == 4 for group in groups[:-1])
+    sampler = ICAEPretrainingTrainer(make_icae(), args, Dataset.from_list(samples))._get_train_sampler()
+    order = list(sampler)
+    assert order == list(sampler) and sorted(order) == list(range(count)) and len(sampler) == count
+    grouped = get_length_grouped_indices(sampler.lengths, 4, generator=torch.Generator().manual_seed(args.seed))
+    cut = [[part[first : first + 4] for first in range(0, count, 4)] for part in (order, grouped)]
+    assert sorted(cut[0]) == sorted(cut[1])
+    assert cut[0][0] == cut[1][0] and (count % 4 == 0 or cut[0][-1] == cut[1][-1])
+    sampler.set_epoch(1)
+    assert count < 8 or list(sampler) != order
     if count > 400:
-        assert sum(max(group) - min(group) for group in groups[1:-1]) / 99 < 25  # of 400
-        rises = sum(later[0] > earlier[0] for earlier, later in pairwise(groups[1:-1]))
+        rises = sum(later[0] > earlier[0] for earlier, later in pairwise(cut[0][1:-1]))
         assert 40 < rises < 58  # of 98; three where groups come from long to short, four times
 
 
@@ -270,6 +275,18 @@ def test_icae_pretrain_runs_from_a_file_with_overrides_and_goes_on(command_line)
     assert any("eval_ae_loss" in entry for entry in history)
     model = ICAEForConditionalGeneration.from_pretrained(command_line / "run")
     assert model.config.span_length == 16
+
+
+def test_a_complete_run_stays_as_it_is(command_line, capsys):
+    from icae.cli import main
+
+    config = ["pretrain", "--config", str(command_line / "config.yaml"), "--max_steps", "3"]
+    assert main(config) == 0
+    run = command_line / "run"
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    assert main([*config, "--resume", "true"]) == 0
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+    assert "is complete: 3 steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -13,7 +13,7 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress, logging
 from trl import SFTTrainer
@@ -133,7 +133,8 @@ class ICAETrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
-            return _ShuffledGroupsSampler(sampler, sampler.batch_size * self.args.world_size)
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return _ShuffledGroupsSampler(sampler.lengths, sampler.batch_size * self.args.world_size, seed)
         return sampler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -386,24 +387,29 @@ class _BestCheckpoint(TrainerCallback):
 
 class _ShuffledGroupsSampler(Sampler):
     """
-    Groups of samples of similar length, in random order.
+    Groups of samples of similar length, in random order that depends on the seed and the epoch alone.
 
     As transformers orders them, from long to short and so again every 50 batches, tasks whose contexts differ in
     length would take turns. The longest sample stays in the first batch, where a lack of memory shows, and what is
     left over in the last.
     """
 
-    def __init__(self, grouped: LengthGroupedSampler, group_size: int):
-        self.grouped, self.group_size = grouped, group_size
+    def __init__(self, lengths: list[int], group_size: int, seed: int):
+        self.lengths, self.group_size, self.seed, self.epoch = lengths, group_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.grouped)
+        return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        samples = list(self.grouped)
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        samples = get_length_grouped_indices(self.lengths, self.group_size, generator=generator)
         groups = [samples[start : start + self.group_size] for start in range(0, len(samples), self.group_size)]
         between = groups[1 : len(samples) // self.group_size]
-        groups[1 : 1 + len(between)] = [between[place] for place in torch.randperm(len(between))]
+        order = torch.randperm(len(between), generator=generator)
+        groups[1 : 1 + len(between)] = [between[place] for place in order]
         return (sample for group in groups for sample in group)
 
 

@@ -158,7 +158,8 @@ def data_sources(script: ScriptArguments) -> list[DataSource]:
 
 def run(trainer: ICAETrainer, script: ScriptArguments, icae: ICAEArguments) -> None:
     """
-    Trains, from the last checkpoint if the script says so, and saves the model, its state and the arguments.
+    Trains, from the last checkpoint if the script says so, and saves the model, its state and the arguments. What is
+    complete stays as it is.
 
     Raises:
         `ValueError`: if the run was begun with a base in another dtype, or a new one would mix with an old one.
@@ -181,6 +182,11 @@ def run(trainer: ICAETrainer, script: ScriptArguments, icae: ICAEArguments) -> N
             f"Expected a base in {begun}, with which the run in {output_dir!r} was begun, got {dtype}: it would not "
             f"go on exactly. `auto` depends on the machine; set `--dtype {begun}`."
         )
+    if checkpoint and file.is_file():
+        done = json.loads(file.read_text()).get("steps", 0)
+        if 0 < trainer.args.max_steps <= done:  # the trainer itself would make another step inside of an epoch
+            print(f"{output_dir} is complete: {done} steps")
+            return
     trainer.card.license, trainer.card.language = script.license, script.language or []
     trainer.card.data = data_sources(script)
     trainer.train(resume_from_checkpoint=checkpoint)
