@@ -64,8 +64,8 @@ tune-embedded: $(STAMP)  ## the instruction stage
 ROUNDS ?= 8
 refine-embedded: $(STAMP)  ## rounds of short runs and their means
 	set -e; export OMP_NUM_THREADS=1; start=runs/icae-smollm2-135m-sft; for round in $$(seq $(ROUNDS)); do \
-	  to=runs/round-$$round; options="--init_from $$start --seed $$round --data_seed $$round --resume true"; \
-	  if [ ! -e $$to/mean/config.json ]; then \
+	  to=runs/round-$$round; options="--init_from $$start --seed $$round --resume true"; \
+	  if [ ! -e $$to/mean ]; then \
 	    $(BIN)/icae pretrain --config trainers/presets/round_cpu.yaml $(FILES) $$options --output_dir $$to/reconstruction; \
 	    $(BIN)/icae sft --config trainers/presets/sft_round_cpu.yaml --train_files $(TRIPLES)/train.parquet \
 	      --document_files $(wildcard $(DATA)/train-*.parquet) $$options --output_dir $$to/answers; \
@@ -105,8 +105,8 @@ evaluate-quick: $(STAMP)  ## a small subset of the evaluations, without any othe
 	OMP_NUM_THREADS=1 $(BIN)/icae evaluate probes --quick
 	OMP_NUM_THREADS=1 $(BIN)/icae bench generate --quick
 
-# RUN is a checkpoint of that run; what is published is its adapter and slots in bfloat16.
-RUN ?= runs/icae-smollm2-135m-sft
+# RUN is the recipe's last mean, or any checkpoint; what is published is its adapter and slots in bfloat16.
+RUN ?= runs/round-$(ROUNDS)/mean
 snapshot: $(STAMP)  ## make checkpoints/icae-smollm2-135m from a training checkpoint
 	$(BIN)/python -c "import torch, icae; \
 	  model = icae.ICAEForConditionalGeneration.from_pretrained('$(RUN)', base_model=icae.embedded_base(), is_trainable=True); \

@@ -177,15 +177,16 @@ def run(trainer: ICAETrainer, script: ScriptArguments, icae: ICAEArguments) -> N
     if checkpoint is None:
         if trainer.is_world_process_zero():
             write_record(file, record)
-    elif file.is_file() and (begun := json.loads(file.read_text())["arguments"]["dtype"]) != dtype:
-        raise ValueError(
-            f"Expected a base in {begun}, with which the run in {output_dir!r} was begun, got {dtype}: it would not "
-            f"go on exactly. `auto` depends on the machine; set `--dtype {begun}`."
-        )
-    if checkpoint and file.is_file():
-        done = json.loads(file.read_text()).get("steps", 0)
-        if 0 < trainer.args.max_steps <= done:  # the trainer itself would make another step inside of an epoch
-            print(f"{output_dir} is complete: {done} steps")
+    elif file.is_file():
+        before = json.loads(file.read_text())
+        if (begun := before["arguments"]["dtype"]) != dtype:
+            raise ValueError(
+                f"Expected a base in {begun}, with which the run in {output_dir!r} was begun, got {dtype}: it would "
+                f"not go on exactly. `auto` depends on the machine; set `--dtype {begun}`."
+            )
+        if 0 < trainer.args.max_steps <= before.get("steps", 0):
+            # Transformers would train another step first, inside of an epoch.
+            trainer.accelerator.print(f"{output_dir} is complete: {before['steps']} steps")
             return
     trainer.card.license, trainer.card.language = script.license, script.language or []
     trainer.card.data = data_sources(script)
