@@ -22,7 +22,10 @@ and by the frozen base from as many tokens as there are slots:
 Measured are token F1 and exact match (SQuAD), ROUGE, and the loss of the reference answer in nats per token. All means
 are taken over the rows of a source first, then over sources. Intervals hold 95% of 2,000 bootstrap draws of rows
 within each source; all readers share the draws, so that the share of the full context's F1 is compared row by row.
-There are none for one row of each source.
+There are none for one row of each source. `icae_above` says source by source by how much the F1 of `icae` is above
+that of each of the others, with intervals of the differences row by row.
+
+`--readers` takes some of these only, for more rows at the same cost.
 
 Each reader's answers are kept in a file of their own in a folder beside the output. What is there is not computed
 again, be it after an interruption, for more rows, or for another checkpoint on the same base; only the answers of an
@@ -49,7 +52,7 @@ from icae.cli import load_model
 from icae.evaluation.answer_files import AnswerFile, Line, digest, forget_other_weights
 from icae.evaluation.arguments import command_line, evaluation_parser, parse, recorded
 from icae.evaluation.documents import batches
-from icae.evaluation.measures import ROUGE, mean, scores
+from icae.evaluation.measures import ROUGE, mean, mean_interval, scores
 from icae.evaluation.readers import (
     Reader,
     RetrievalReader,
@@ -77,6 +80,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tuned", help="PEFT adapter of the baseline tuned on full contexts")
     parser.add_argument("--llmlingua", metavar="PYTHON", help="interpreter of an environment with llmlingua")
     parser.add_argument("--kvpress", metavar="PYTHON", help="interpreter of an environment with kvpress")
+    parser.add_argument(
+        "--readers", nargs="+", metavar="NAME", help="some of what is compared, `icae` and `full context` among them"
+    )
     parser.add_argument("--per-source", type=int, default=8, help="rows of each source (default: 8)")
     parser.add_argument("--max-context-length", type=int, default=768, help="tokens; longer rows are left out")
     parser.add_argument("--max-new-tokens", type=int, default=48)
@@ -92,10 +98,13 @@ def main(argv: list[str] | None = None) -> None:
         "dtype": arguments.dtype,
         "max_new_tokens": arguments.max_new_tokens,
     }
+    readers = compared(model, arguments.tuned, arguments.llmlingua, arguments.kvpress, arguments.seed)
+    if arguments.readers:
+        readers = only(arguments.readers, readers)
     answers, earlier = {}, {}
     if arguments.output.is_file():
         earlier = json.loads(arguments.output.read_text())
-    for reader in compared(model, arguments.tuned, arguments.llmlingua, arguments.kvpress, arguments.seed):
+    for reader in readers:
         words = re.findall(r"[a-z]+", reader.name.lower().replace("'", ""))
         file = arguments.output.with_suffix("") / f"{'-'.join(words)}.jsonl"
         made_from = {"reader": reader.name, **shared, **reader.made_from}
@@ -121,6 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         },
         "summary": summary,
         "by_source": {name: means(found) for name, found in measured.items()},
+        "icae_above": {name: above(measured["icae"], found) for name, found in measured.items() if name != "icae"},
         "examples": examples(answers, rows),
     }
     if arguments.tuned:
@@ -229,6 +239,19 @@ def compared(
     return [*found[:2], optional[0], *found[2:5], *optional[1:], *found[5:]]
 
 
+def only(names: list[str], readers: list[Compared]) -> list[Compared]:
+    """
+    The readers of those names.
+
+    Raises:
+        `ValueError`: if one is unknown, or `icae` or `full context`, which the others are set beside, is not there.
+    """
+    known = [reader.name for reader in readers]
+    if not {"icae", "full context"} <= set(names) <= set(known):
+        raise ValueError(f"Expected `--readers` with 'icae' and 'full context', all among {known}, got {names}.")
+    return [reader for reader in readers if reader.name in names]
+
+
 def kept_answers(path: Path, known: Line, rows: list[Row]) -> AnswerFile | None:
     """The answers of a reader that is not here, if they are kept to all rows; if to others only, a line says so."""
     if not path.is_file():
@@ -277,6 +300,17 @@ def means(values: dict[str, BySource]) -> dict[str, dict[str, float]]:
         source: {name: mean(found[source]) for name, found in values.items()} | {"rows": len(values["f1"][source])}
         for source in sources
     }
+
+
+def above(one: dict[str, BySource], other: dict[str, BySource]) -> dict[str, dict[str, Any]]:
+    """By how much the F1 of one reader is above another's in each source, and the interval of that where rows are."""
+    found: dict[str, dict[str, Any]] = {}
+    for source, values in sorted(one["f1"].items()):
+        differences = [mine - its for mine, its in zip(values, other["f1"][source], strict=True)]
+        found[source] = {"f1": mean(differences)}
+        if len(differences) > 1:
+            found[source]["interval"] = mean_interval(differences)
+    return found
 
 
 def summarize(measured: dict[str, dict[str, BySource]], rows: list[Row]) -> dict[str, dict[str, Any]]:

@@ -195,6 +195,12 @@ SECTIONS = (
         (plot_answers,),
     ),
     Section(
+        "Answers by source",
+        "answers_by_source",
+        "icae evaluate answers --data TRIPLES --readers … --output results/answers_by_source.json",
+        (tables.above,),
+    ),
+    Section(
         "Judged answers",
         "judge",
         "icae evaluate judge --data TRIPLES --judge URL MODEL --against FILE",

@@ -161,6 +161,24 @@ def by_source(record: Record) -> str:
     return table(["token F1", "rows", *found], rows) + "\n"
 
 
+def above(record: Record) -> str:
+    """By how much the token F1 from slots is above that from other things, source by source."""
+    others = record["icae_above"]
+    rows = [
+        [
+            source,
+            str(row["rows"]),
+            f"{row['f1']:.2f}",
+            *(
+                with_interval(found[source]["f1"], found[source].get("interval"), "{:+.2f}")
+                for found in others.values()
+            ),
+        ]
+        for source, row in record["by_source"]["icae"].items()
+    ]
+    return table(["token F1", "rows", "icae", *(f"above {name}" for name in others)], rows) + "\n"
+
+
 def examples(record: Record) -> str:
     """One prompt of each source with all answers."""
     parts = []

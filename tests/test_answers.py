@@ -10,7 +10,7 @@ from icae import ICAEForConditionalGeneration
 from icae.cli import main
 from icae.evaluation import answers
 from icae.evaluation.answer_files import AnswerFile, append_lines, read_lines
-from icae.evaluation.answers import choose_rows, draw_means, fill, measure, summarize
+from icae.evaluation.answers import above, choose_rows, draw_means, fill, measure, summarize
 from icae.evaluation.readers import RetrievalReader, SummaryReader, TokenReader, number_of_slots, split_sentences
 from tiny import make_base
 
@@ -181,6 +181,16 @@ def test_kept_answers_to_other_rows_are_left_out(saved, capsys):
     assert "full-context-tuned.jsonl: left out, for the answers kept are to other rows" in capsys.readouterr().out
 
 
+def test_some_readers_answer_alone(saved, capsys):
+    assert main(command(saved, "--readers", "icae", "no context", "full context")) == 0
+    record = json.loads((saved / "out" / "answers.json").read_text())
+    assert list(record["summary"]) == ["icae", "full context", "no context"]
+    assert len([*(saved / "out" / "answers").iterdir()]) == 3
+    for wrong in (["icae", "full context", "guess"], ["full context", "no context"]):
+        assert main(command(saved, "--readers", *wrong)) == 2
+        assert "Expected `--readers` with 'icae' and 'full context'" in capsys.readouterr().err
+
+
 def test_half_a_line_of_a_killed_run_is_removed(tmp_path):
     file = AnswerFile(tmp_path / "a.jsonl", {"reader": "a", "data": "d"})
     file.add([{"row": 3, "answer": "two\nlines"}, {"row": 5, "answer": "\u2028"}])
@@ -239,6 +249,13 @@ def test_the_share_of_the_full_context_has_an_interval_of_its_own(rows):
     low, high = summary["icae"]["f1_share_interval"]
     assert low < summary["icae"]["f1_share_of_full_context"] < high
     assert summary["icae"]["f1_interval"] == pytest.approx([low, high])
+
+
+def test_the_icae_is_set_beside_each_reader_row_by_row_in_each_source():
+    mine = {"f1": {"s": [0.6, 1.0, 0.2, 0.6], "t": [0.5]}}
+    found = above(mine, {"f1": {"s": [0.5, 0.9, 0.1, 0.5], "t": [0.7]}})
+    assert found["s"]["f1"] == pytest.approx(0.1) and found["s"]["interval"] == pytest.approx([0.1, 0.1])
+    assert found["t"] == {"f1": pytest.approx(-0.2)}
 
 
 def test_a_full_context_that_answers_nothing_right_has_no_shares(rows):

@@ -55,6 +55,7 @@ def results(tokenizer, tmp_path_factory):
         assert main(["evaluate", "aims", "--length", "16"]) == 0
         for name in ("pretrained", "ratios", "spans"):
             shutil.copy("results/reconstruction.json", f"results/{name}.json")
+        shutil.copy("results/answers.json", "results/answers_by_source.json")
         shutil.copy("results/probes.json", "results/probes_by_ratio.json")
         shutil.copy("results/bench_generate.json", "results/bench_generate_ratios.json")
         Path("results/other.json").write_text('{"what": "something else"}')
@@ -119,6 +120,14 @@ def test_each_section_says_how_it_was_made(written):
     text = (written / "README.md").read_text()
     assert len(re.findall(r"^Made by `.*`, .*\d{4}-\d\d-\d\d", text, re.MULTILINE)) == len(report.SECTIONS)
     assert "Made by `icae evaluate answers --model icae --data triples.parquet" in text
+
+
+def test_differences_from_the_icae_are_shown_with_their_sign_and_interval(results):
+    record = json.loads((results / "answers_by_source.json").read_text())
+    record["icae_above"]["no context"]["one"] = {"f1": -0.125, "interval": [-0.5, 0.25]}
+    assert "-0.12 [-0.50, +0.25]" in tables.above(record)
+    del record["icae_above"]["no context"]["one"]["interval"]
+    assert "| -0.12 |" in tables.above(record)
 
 
 def test_the_readme_has_the_same_tables(written, results):
