@@ -22,8 +22,8 @@ and by the frozen base from as many tokens as there are slots:
 Measured are token F1 and exact match (SQuAD), ROUGE, and the loss of the reference answer in nats per token. All means
 are taken over the rows of a source first, then over sources. Intervals hold 95% of 2,000 bootstrap draws of rows
 within each source; all readers share the draws, so that the share of the full context's F1 is compared row by row.
-There are none for one row of each source. `icae_above` says source by source by how much the F1 of `icae` is above
-that of each of the others, with intervals of the differences row by row.
+There are none for one row of each source. `icae_minus` says source by source what is left of F1 and loss of `icae`
+after taking away those of each other reader, with intervals of the differences row by row.
 
 `--readers` takes some of these only, for more rows at the same cost.
 
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         },
         "summary": summary,
         "by_source": {name: means(found) for name, found in measured.items()},
-        "icae_above": {name: above(measured["icae"], found) for name, found in measured.items() if name != "icae"},
+        "icae_minus": {name: minus(measured["icae"], found) for name, found in measured.items() if name != "icae"},
         "examples": examples(answers, rows),
     }
     if arguments.tuned:
@@ -302,14 +302,17 @@ def means(values: dict[str, BySource]) -> dict[str, dict[str, float]]:
     }
 
 
-def above(one: dict[str, BySource], other: dict[str, BySource]) -> dict[str, dict[str, Any]]:
-    """By how much the F1 of one reader is above another's in each source, and the interval of that where rows are."""
+def minus(one: dict[str, BySource], other: dict[str, BySource]) -> dict[str, dict[str, Any]]:
+    """F1 and loss of one reader minus another's, the mean of each source; and its interval where there are rows."""
     found: dict[str, dict[str, Any]] = {}
-    for source, values in sorted(one["f1"].items()):
-        differences = [mine - its for mine, its in zip(values, other["f1"][source], strict=True)]
-        found[source] = {"f1": mean(differences)}
-        if len(differences) > 1:
-            found[source]["interval"] = mean_interval(differences)
+    for source in sorted(one["f1"]):
+        found[source] = {}
+        for name in ("f1", "loss"):
+            pairs = zip(one[name][source], other[name][source], strict=True)
+            differences = [its - others for its, others in pairs]
+            found[source][name] = mean(differences)
+            if len(differences) > 1:
+                found[source][f"{name}_interval"] = mean_interval(differences)
     return found
 
 

@@ -198,7 +198,7 @@ SECTIONS = (
         "Answers by source",
         "answers_by_source",
         "icae evaluate answers --data TRIPLES --readers … --output results/answers_by_source.json",
-        (tables.above,),
+        (partial(tables.icae_minus, measure="f1"), partial(tables.icae_minus, measure="loss")),
     ),
     Section(
         "Judged answers",

@@ -161,22 +161,22 @@ def by_source(record: Record) -> str:
     return table(["token F1", "rows", *found], rows) + "\n"
 
 
-def above(record: Record) -> str:
-    """By how much the token F1 from slots is above that from other things, source by source."""
-    others = record["icae_above"]
+def icae_minus(record: Record, measure: str) -> str:
+    """By how much `f1` or `loss` from slots is above that from other things, source by source."""
+    others, name = record["icae_minus"], {"f1": "token F1", "loss": "loss of the reference"}[measure]
     rows = [
         [
             source,
             str(row["rows"]),
-            f"{row['f1']:.2f}",
+            f"{row[measure]:.2f}",
             *(
-                with_interval(found[source]["f1"], found[source].get("interval"), "{:+.2f}")
+                with_interval(found[source][measure], found[source].get(f"{measure}_interval"), "{:+.2f}")
                 for found in others.values()
             ),
         ]
         for source, row in record["by_source"]["icae"].items()
     ]
-    return table(["token F1", "rows", "icae", *(f"above {name}" for name in others)], rows) + "\n"
+    return table([name, "rows", "icae", *(f"minus {other}" for other in others)], rows) + "\n"
 
 
 def examples(record: Record) -> str:

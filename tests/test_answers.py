@@ -10,7 +10,7 @@ from icae import ICAEForConditionalGeneration
 from icae.cli import main
 from icae.evaluation import answers
 from icae.evaluation.answer_files import AnswerFile, append_lines, read_lines
-from icae.evaluation.answers import above, choose_rows, draw_means, fill, measure, summarize
+from icae.evaluation.answers import choose_rows, draw_means, fill, measure, minus, summarize
 from icae.evaluation.readers import RetrievalReader, SummaryReader, TokenReader, number_of_slots, split_sentences
 from tiny import make_base
 
@@ -252,10 +252,11 @@ def test_the_share_of_the_full_context_has_an_interval_of_its_own(rows):
 
 
 def test_the_icae_is_set_beside_each_reader_row_by_row_in_each_source():
-    mine = {"f1": {"s": [0.6, 1.0, 0.2, 0.6], "t": [0.5]}}
-    found = above(mine, {"f1": {"s": [0.5, 0.9, 0.1, 0.5], "t": [0.7]}})
-    assert found["s"]["f1"] == pytest.approx(0.1) and found["s"]["interval"] == pytest.approx([0.1, 0.1])
-    assert found["t"] == {"f1": pytest.approx(-0.2)}
+    losses = {"s": [1.0, 2.0, 3.0, 4.0], "t": [1.0]}
+    mine = {"f1": {"s": [0.6, 1.0, 0.2, 0.6], "t": [0.5]}, "loss": losses}
+    found = minus(mine, {"f1": {"s": [0.5, 0.9, 0.1, 0.5], "t": [0.7]}, "loss": losses})
+    assert found["s"]["f1"] == pytest.approx(0.1) and found["s"]["f1_interval"] == pytest.approx([0.1, 0.1])
+    assert found["s"]["loss_interval"] == [0, 0] and found["t"] == {"f1": pytest.approx(-0.2), "loss": 0}
 
 
 def test_a_full_context_that_answers_nothing_right_has_no_shares(rows):
