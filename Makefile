@@ -91,7 +91,7 @@ $(DONE)/continuation: RUN_THIS = evaluate continuation --data $(DATA)/validation
 $(DONE)/probes: RUN_THIS = evaluate probes --data $(DATA)/validation.parquet \
   --without wikitext2 de_eltec code_python_stdlib --pairs 24 --per-kind 24
 $(DONE)/answers: RUN_THIS = evaluate answers --data $(TRIPLES)/validation.parquet --per-source 5 --dtype float32 $(READERS)
-$(DONE)/by_source: RUN_THIS = evaluate answers --data $(TRIPLES)/validation.parquet --per-source 16 --dtype float32 \
+$(DONE)/by_source: RUN_THIS = evaluate answers --data $(TRIPLES)/validation.parquet --per-source 12 --dtype float32 \
   --readers icae "full context" "truncated context" "no context" --output results/answers_by_source.json
 $(DONE)/bench: RUN_THIS = bench generate --contexts 512 1024 2048 4096 8000 --repeats 2
 $(DONE)/bench_ratios: RUN_THIS = bench generate --batches 4 --contexts 512 --ratios 2 4 8 16 --repeats 2 --no-memory \
