@@ -80,7 +80,7 @@ refine-embedded: $(STAMP)  ## rounds of short runs and their means
 # of icae.evaluation.tune_full_context; LLMLINGUA=PYTHON and KVPRESS=PYTHON, interpreters that have these tools.
 CHECKPOINT := checkpoints/icae-smollm2-135m
 DONE := runs/evaluated
-READERS = $(if $(TUNED),--tuned $(TUNED)) $(if $(LLMLINGUA),--llmlingua $(LLMLINGUA)) $(if $(KVPRESS),--kvpress $(KVPRESS))
+OPTIONAL_READERS = $(if $(TUNED),--tuned $(TUNED)) $(if $(LLMLINGUA),--llmlingua $(LLMLINGUA)) $(if $(KVPRESS),--kvpress $(KVPRESS))
 evaluate: $(addprefix $(DONE)/,reconstruction continuation probes answers by_source bench bench_ratios)  ## all measurements of the embedded checkpoint -> results/, runs/report
 	$(BIN)/icae evaluate aims
 	$(BIN)/icae card $(CHECKPOINT) --results results
@@ -90,7 +90,7 @@ $(DONE)/reconstruction: RUN_THIS = evaluate reconstruction --data $(DATA)/valida
 $(DONE)/continuation: RUN_THIS = evaluate continuation --data $(DATA)/validation.parquet
 $(DONE)/probes: RUN_THIS = evaluate probes --data $(DATA)/validation.parquet \
   --without wikitext2 de_eltec code_python_stdlib --pairs 24 --per-kind 24
-$(DONE)/answers: RUN_THIS = evaluate answers --data $(TRIPLES)/validation.parquet --per-source 5 --dtype float32 $(READERS)
+$(DONE)/answers: RUN_THIS = evaluate answers --data $(TRIPLES)/validation.parquet --per-source 5 --dtype float32 $(OPTIONAL_READERS)
 $(DONE)/by_source: RUN_THIS = evaluate answers --data $(TRIPLES)/validation.parquet --per-source 12 --dtype float32 \
   --readers icae "full context" "truncated context" "no context" --output results/answers_by_source.json
 $(DONE)/bench: RUN_THIS = bench generate --contexts 512 1024 2048 4096 8000 --repeats 2

@@ -22,10 +22,10 @@ and by the frozen base from as many tokens as there are slots:
 Measured are token F1 and exact match (SQuAD), ROUGE, and the loss of the reference answer in nats per token. All means
 are taken over the rows of a source first, then over sources. Intervals hold 95% of 2,000 bootstrap draws of rows
 within each source; all readers share the draws, so that the share of the full context's F1 is compared row by row.
-There are none for one row of each source. `icae_minus` says source by source what is left of F1 and loss of `icae`
-after taking away those of each other reader, with intervals of the differences row by row.
+There are none for one row of each source. `icae_minus` holds the mean differences of each source, `icae` minus each
+other reader: above 0 is better for F1 and worse for loss.
 
-`--readers` takes some of these only, for more rows at the same cost.
+`--readers` compares some of these only, on more rows in the same time, in an `--output` of their own.
 
 Each reader's answers are kept in a file of their own in a folder beside the output. What is there is not computed
 again, be it after an interruption, for more rows, or for another checkpoint on the same base; only the answers of an
@@ -52,7 +52,7 @@ from icae.cli import load_model
 from icae.evaluation.answer_files import AnswerFile, Line, digest, forget_other_weights
 from icae.evaluation.arguments import command_line, evaluation_parser, parse, recorded
 from icae.evaluation.documents import batches
-from icae.evaluation.measures import ROUGE, mean, mean_interval, scores
+from icae.evaluation.measures import ROUGE, mean, scores
 from icae.evaluation.readers import (
     Reader,
     RetrievalReader,
@@ -70,6 +70,20 @@ from icae.modeling_icae.chat_icae import encode_contexts
 
 SHORT_ANSWERS = 10  # words; sources whose references are shorter on average count as short-answer sources
 QUICK = {"per_source": 1, "max_context_length": 256, "max_new_tokens": 16}
+READERS = (
+    "icae",
+    "full context",
+    "full context, tuned",
+    "truncated context",
+    "summary",
+    "retrieved sentences",
+    "LLMLingua",
+    "kvpress",
+    "no context",
+    "untrained slots",
+    "another text's slots",
+)
+OPTIONAL = {"full context, tuned": "--tuned", "LLMLingua": "--llmlingua", "kvpress": "--kvpress"}
 FORM = ("memory_type", "encoder_layout", "decoder_layout", "lora_r", "lora_target_modules")  # of an ICAE
 BySource = dict[str, list[float]]  # one number for each row
 
@@ -81,13 +95,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--llmlingua", metavar="PYTHON", help="interpreter of an environment with llmlingua")
     parser.add_argument("--kvpress", metavar="PYTHON", help="interpreter of an environment with kvpress")
     parser.add_argument(
-        "--readers", nargs="+", metavar="NAME", help="some of what is compared, `icae` and `full context` among them"
+        "--readers",
+        nargs="+",
+        choices=READERS,
+        metavar="NAME",
+        help=f"only some, 'icae' and 'full context' (which shares are of) among them: {', '.join(map(repr, READERS))}",
     )
     parser.add_argument("--per-source", type=int, default=8, help="rows of each source (default: 8)")
     parser.add_argument("--max-context-length", type=int, default=768, help="tokens; longer rows are left out")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--batch-size", type=int, default=16, help="rows answered at once, of similar length")
     arguments = parse(parser, argv, QUICK)
+    if arguments.readers:
+        check_readers(arguments.readers, arguments.output, parser.get_default("output"))
 
     model = load_model(arguments.model, arguments.base, arguments.dtype)
     rows, left_out = choose_rows(
@@ -99,18 +119,23 @@ def main(argv: list[str] | None = None) -> None:
         "max_new_tokens": arguments.max_new_tokens,
     }
     readers = compared(model, arguments.tuned, arguments.llmlingua, arguments.kvpress, arguments.seed)
-    if arguments.readers:
-        readers = only(arguments.readers, readers)
     answers, earlier = {}, {}
     if arguments.output.is_file():
         earlier = json.loads(arguments.output.read_text())
     for reader in readers:
+        if arguments.readers and reader.name not in arguments.readers:
+            continue
         words = re.findall(r"[a-z]+", reader.name.lower().replace("'", ""))
         file = arguments.output.with_suffix("") / f"{'-'.join(words)}.jsonl"
         made_from = {"reader": reader.name, **shared, **reader.made_from}
         if reader.make is None:
             if (kept := kept_answers(file, made_from, rows)) is not None:
                 answers[reader.name] = kept
+            elif arguments.readers:
+                raise ValueError(
+                    f"Expected answers of {reader.name!r} to all rows in {str(file)!r}, got none; give "
+                    f"`{OPTIONAL[reader.name]}`, which makes them."
+                )
             continue
         forget_other_weights(file, made_from)
         answers[reader.name] = AnswerFile(file, made_from)
@@ -133,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         "icae_minus": {name: minus(measured["icae"], found) for name, found in measured.items() if name != "icae"},
         "examples": examples(answers, rows),
     }
-    if arguments.tuned:
+    if arguments.tuned and "full context, tuned" in answers:
         if (file := Path(arguments.tuned, "tuned_on.json")).is_file():  # an adapter of another's has none
             record["tuned_on"] = json.loads(file.read_text())
     elif "full context, tuned" in answers and "tuned_on" in earlier:
@@ -239,17 +264,16 @@ def compared(
     return [*found[:2], optional[0], *found[2:5], *optional[1:], *found[5:]]
 
 
-def only(names: list[str], readers: list[Compared]) -> list[Compared]:
+def check_readers(names: list[str], output: Path, default: Path) -> None:
     """
-    The readers of those names.
-
     Raises:
-        `ValueError`: if one is unknown, or `icae` or `full context`, which the others are set beside, is not there.
+        `ValueError`: if `icae` and `full context` are not among the names, or if some readers would take the place of
+            the results of all.
     """
-    known = [reader.name for reader in readers]
-    if not {"icae", "full context"} <= set(names) <= set(known):
-        raise ValueError(f"Expected `--readers` with 'icae' and 'full context', all among {known}, got {names}.")
-    return [reader for reader in readers if reader.name in names]
+    if missing := {"icae", "full context"}.difference(names):
+        raise ValueError(f"Expected `--readers` with 'icae' and 'full context', got none of {sorted(missing)}.")
+    if output == default:
+        raise ValueError(f"Expected an `--output` of its own with `--readers`, got {str(output)!r}, that of all.")
 
 
 def kept_answers(path: Path, known: Line, rows: list[Row]) -> AnswerFile | None:
@@ -303,7 +327,7 @@ def means(values: dict[str, BySource]) -> dict[str, dict[str, float]]:
 
 
 def minus(one: dict[str, BySource], other: dict[str, BySource]) -> dict[str, dict[str, Any]]:
-    """F1 and loss of one reader minus another's, the mean of each source; and its interval where there are rows."""
+    """Mean F1 and loss of one reader minus another's in each source; intervals where a source has several rows."""
     found: dict[str, dict[str, Any]] = {}
     for source in sorted(one["f1"]):
         found[source] = {}
@@ -312,7 +336,8 @@ def minus(one: dict[str, BySource], other: dict[str, BySource]) -> dict[str, dic
             differences = [its - others for its, others in pairs]
             found[source][name] = mean(differences)
             if len(differences) > 1:
-                found[source][f"{name}_interval"] = mean_interval(differences)
+                draws = draw_means({"difference": {source: differences}})["difference"]
+                found[source][f"{name}_interval"] = _interval(draws)
     return found
 
 

@@ -7,6 +7,7 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -82,7 +83,8 @@ def recorded(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def command_line(parser: argparse.ArgumentParser, argv: list[str] | None) -> str:
     """The command as it would be typed."""
-    return " ".join([parser.prog, *map(without_folders, sys.argv[1:] if argv is None else argv)])
+    words = sys.argv[1:] if argv is None else argv
+    return f"{parser.prog} {shlex.join(map(without_folders, words))}".rstrip()
 
 
 class Parts:

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from contextlib import suppress
@@ -26,7 +27,7 @@ def write_record(path: str | Path, numbers: dict[str, Any], *, command: str | No
             "commit": current_commit(),
             # Of the code: what commands before this one wrote is no change of it.
             "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", *CODE)),
-            "command": command or " ".join(["python -m", *_command()]),
+            "command": command or f"python -m {shlex.join(_command())}",
             "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "versions": versions(),
             "hardware": hardware(),

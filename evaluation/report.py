@@ -195,10 +195,10 @@ SECTIONS = (
         (plot_answers,),
     ),
     Section(
-        "Answers by source",
+        "Slots against other readers, source by source",
         "answers_by_source",
         "icae evaluate answers --data TRIPLES --readers … --output results/answers_by_source.json",
-        (partial(tables.icae_minus, measure="f1"), partial(tables.icae_minus, measure="loss")),
+        (tables.icae_minus,),
     ),
     Section(
         "Judged answers",

@@ -181,14 +181,39 @@ def test_kept_answers_to_other_rows_are_left_out(saved, capsys):
     assert "full-context-tuned.jsonl: left out, for the answers kept are to other rows" in capsys.readouterr().out
 
 
-def test_some_readers_answer_alone(saved, capsys):
+def test_all_readers_can_be_chosen_by_name(model):
+    assert [reader.name for reader in answers.compared(model, None, None, None, 0)] == list(answers.READERS)
+
+
+def test_some_readers_answer_alone(saved):
     assert main(command(saved, "--readers", "icae", "no context", "full context")) == 0
     record = json.loads((saved / "out" / "answers.json").read_text())
     assert list(record["summary"]) == ["icae", "full context", "no context"]
     assert len([*(saved / "out" / "answers").iterdir()]) == 3
-    for wrong in (["icae", "full context", "guess"], ["full context", "no context"]):
-        assert main(command(saved, "--readers", *wrong)) == 2
-        assert "Expected `--readers` with 'icae' and 'full context'" in capsys.readouterr().err
+    assert "--readers icae 'no context' 'full context'" in record["made_by"]["command"]
+    assert set(record["icae_minus"]) == {"full context", "no context"}
+    means = {name: found["long"]["loss"] for name, found in record["by_source"].items()}
+    difference = record["icae_minus"]["no context"]["long"]["loss"]
+    assert difference == pytest.approx(means["icae"] - means["no context"]) and difference != 0
+
+
+@pytest.mark.parametrize(
+    "readers, message",
+    [
+        (["full context", "no context"], "Expected `--readers` with 'icae' and 'full context', got none of ['icae']"),
+        (["icae", "full context", "kvpress"], "Expected answers of 'kvpress' to all rows"),
+    ],
+)
+def test_readers_that_cannot_be_compared_are_named(saved, capsys, readers, message):
+    assert main(command(saved, "--readers", *readers)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_some_readers_do_not_take_the_place_of_the_results_of_all(saved, capsys):
+    given = [*command(saved, "--readers", "icae", "full context")]
+    at = given.index("--output")
+    assert main(given[:at] + given[at + 2 :]) == 2
+    assert "Expected an `--output` of its own with `--readers`" in capsys.readouterr().err
 
 
 def test_half_a_line_of_a_killed_run_is_removed(tmp_path):
@@ -251,12 +276,17 @@ def test_the_share_of_the_full_context_has_an_interval_of_its_own(rows):
     assert summary["icae"]["f1_interval"] == pytest.approx([low, high])
 
 
-def test_the_icae_is_set_beside_each_reader_row_by_row_in_each_source():
-    losses = {"s": [1.0, 2.0, 3.0, 4.0], "t": [1.0]}
-    mine = {"f1": {"s": [0.6, 1.0, 0.2, 0.6], "t": [0.5]}, "loss": losses}
-    found = minus(mine, {"f1": {"s": [0.5, 0.9, 0.1, 0.5], "t": [0.7]}, "loss": losses})
+def test_differences_are_the_icae_minus_the_other_with_intervals_of_few_rows():
+    losses = [0.2, 0.4, 0.6, 0.8]
+    mine = {"f1": {"s": [0.5] * 4, "t": [0.5]}, "loss": {"s": losses, "t": [1.0]}}
+    its = {"f1": {"s": [0.4] * 4, "t": [0.7]}, "loss": {"s": [1.0] * 4, "t": [1.0]}}
+    found = minus(mine, its)
     assert found["s"]["f1"] == pytest.approx(0.1) and found["s"]["f1_interval"] == pytest.approx([0.1, 0.1])
-    assert found["s"]["loss_interval"] == [0, 0] and found["t"] == {"f1": pytest.approx(-0.2), "loss": 0}
+    assert found["t"] == {"f1": pytest.approx(-0.2), "loss": 0}
+    assert found["s"]["loss"] == pytest.approx(-0.5)
+    low, high = found["s"]["loss_interval"]
+    error = np.std(losses, ddof=1) / 4**0.5
+    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.15) and low < -0.5 < high
 
 
 def test_a_full_context_that_answers_nothing_right_has_no_shares(rows):

@@ -125,8 +125,8 @@ def test_each_section_says_how_it_was_made(written):
 def test_differences_from_the_icae_are_shown_with_their_sign_and_interval(results):
     record = json.loads((results / "answers_by_source.json").read_text())
     record["icae_minus"]["no context"]["one"] = {"f1": -0.125, "f1_interval": [-0.5, 0.25], "loss": 0.5}
-    assert "-0.12 [-0.50, +0.25]" in tables.icae_minus(record, "f1")
-    assert "| +0.50 |" in tables.icae_minus(record, "loss")
+    shown = tables.icae_minus(record)
+    assert "-0.12 [-0.50, +0.25]" in shown and "| +0.50 |" in shown
 
 
 def test_the_readme_has_the_same_tables(written, results):
