@@ -11,6 +11,7 @@ SECTIONS = {
     "reconstruction": lambda record: tables.embedded(record) + "\n" + tables.lengths(record),
     "aims": tables.aims,
     "answers": tables.answers,
+    "answers_by_source": tables.better_and_worse,
     "continuation": tables.continuation,
     "probes": tables.probes,
     "layouts": tables.layouts,

@@ -198,7 +198,7 @@ SECTIONS = (
         "Slots against other readers, source by source",
         "answers_by_source",
         "icae evaluate answers --data TRIPLES --readers … --output results/answers_by_source.json",
-        (tables.icae_minus,),
+        (tables.better_and_worse, tables.icae_minus),
     ),
     Section(
         "Judged answers",

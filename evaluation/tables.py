@@ -186,6 +186,33 @@ def _differences(head: str, measure: str, others: Record, sources: Record) -> st
     return table([head, "rows", "icae", *(f"icae − {name}" for name in others)], rows)
 
 
+def better_and_worse(record: Record) -> str:
+    """On how many sources slots are better than other things, and on which they are worse."""
+    rows = []
+    for name, sources in record["icae_minus"].items():
+        row = [name]
+        for measure, sign in (("f1", 1), ("loss", -1)):
+            better = [source for source, found in sources.items() if sign * found[measure] > 0]
+            worse = [source for source, found in sources.items() if sign * found[measure] < 0]
+            sure = {source for source, found in sources.items() if _excludes_zero(found.get(f"{measure}_interval"))}
+            row.append(f"{len(better)} of {len(sources)}, {len(sure.intersection(better))} surely")
+            row.append(", ".join(f"**{source}**" if source in sure else source for source in worse) or "–")
+        rows.append(row)
+    head = ["icae against", "token F1 better", "worse", "loss better", "worse"]
+    return f"""\
+**Source by source**, {record["rows"]} held-out prompts, at most {record["arguments"]["per_source"]} of each source
+([answers_by_source.json](results/answers_by_source.json)):
+
+{table(head, rows)}
+
+Surely, and in bold: the interval of the difference, which holds 95%, does not hold 0.
+"""
+
+
+def _excludes_zero(interval: list[float] | None) -> bool:
+    return interval is not None and not interval[0] <= 0 <= interval[1]
+
+
 def examples(record: Record) -> str:
     """One prompt of each source with all answers."""
     parts = []

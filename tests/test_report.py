@@ -129,6 +129,18 @@ def test_differences_from_the_icae_are_shown_with_their_sign_and_interval(result
     assert "-0.12 [-0.50, +0.25]" in shown and "| +0.50 |" in shown
 
 
+def test_sources_are_counted_where_slots_are_better_and_named_where_they_are_worse(results):
+    record = json.loads((results / "answers_by_source.json").read_text())
+    record["icae_minus"] = {
+        "no context": {
+            "one": {"f1": 0.1, "f1_interval": [0.05, 0.2], "loss": 0.3, "loss_interval": [0.1, 0.5]},
+            "two": {"f1": -0.1, "f1_interval": [-0.2, 0.1], "loss": 0.2},
+        }
+    }
+    shown = tables.better_and_worse(record)
+    assert "| no context | 1 of 2, 1 surely | two | 0 of 2, 0 surely | **one**, two |" in shown
+
+
 def test_the_readme_has_the_same_tables(written, results):
     text = readme.render(results)
     assert [line for line in text.splitlines() if line.startswith("|")]
