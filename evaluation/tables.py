@@ -177,7 +177,7 @@ a true difference of 0. A source with one row has none.
 
 def _differences(head: str, measure: str, others: Record, sources: Record) -> str:
     def cell(found: Record) -> str:
-        return with_interval(found[measure], found.get(f"{measure}_interval"), "{:+.2f}")
+        return with_interval(found[measure], found.get(f"{measure}_interval"), "{:+z.2f}")  # no -0.00
 
     rows = [
         [source, str(row["rows"]), f"{row[measure]:.2f}", *(cell(found[source]) for found in others.values())]

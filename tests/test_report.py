@@ -124,9 +124,9 @@ def test_each_section_says_how_it_was_made(written):
 
 def test_differences_from_the_icae_are_shown_with_their_sign_and_interval(results):
     record = json.loads((results / "answers_by_source.json").read_text())
-    record["icae_minus"]["no context"]["one"] = {"f1": -0.125, "f1_interval": [-0.5, 0.25], "loss": 0.5}
+    record["icae_minus"]["no context"]["one"] = {"f1": -0.125, "f1_interval": [-0.5, -0.001], "loss": 0.5}
     shown = tables.icae_minus(record)
-    assert "-0.12 [-0.50, +0.25]" in shown and "| +0.50 |" in shown
+    assert "-0.12 [-0.50, +0.00]" in shown and "| +0.50 |" in shown
 
 
 def test_sources_are_counted_where_slots_are_better_and_named_where_they_are_worse(results):
