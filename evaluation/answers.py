@@ -118,12 +118,11 @@ def main(argv: list[str] | None = None) -> None:
         "dtype": arguments.dtype,
         "max_new_tokens": arguments.max_new_tokens,
     }
-    readers = compared(model, arguments.tuned, arguments.llmlingua, arguments.kvpress, arguments.seed)
     answers, earlier = {}, {}
     if arguments.output.is_file():
         earlier = json.loads(arguments.output.read_text())
-    for reader in readers:
-        if arguments.readers and reader.name not in arguments.readers:
+    for reader in compared(model, arguments.tuned, arguments.llmlingua, arguments.kvpress, arguments.seed):
+        if reader.name not in (arguments.readers or READERS):
             continue
         words = re.findall(r"[a-z]+", reader.name.lower().replace("'", ""))
         file = arguments.output.with_suffix("") / f"{'-'.join(words)}.jsonl"
@@ -266,12 +265,14 @@ def compared(
 
 def check_readers(names: list[str], output: Path, default: Path) -> None:
     """
+    Checks what `--readers` chose, before anything is loaded.
+
     Raises:
         `ValueError`: if `icae` and `full context` are not among the names, or if some readers would take the place of
             the results of all.
     """
-    if missing := {"icae", "full context"}.difference(names):
-        raise ValueError(f"Expected `--readers` with 'icae' and 'full context', got none of {sorted(missing)}.")
+    if not {"icae", "full context"}.issubset(names):
+        raise ValueError(f"Expected 'icae' and 'full context' among `--readers`, got {names}; add what is missing.")
     if output == default:
         raise ValueError(f"Expected an `--output` of its own with `--readers`, got {str(output)!r}, that of all.")
 
@@ -332,8 +333,7 @@ def minus(one: dict[str, BySource], other: dict[str, BySource]) -> dict[str, dic
     for source in sorted(one["f1"]):
         found[source] = {}
         for name in ("f1", "loss"):
-            pairs = zip(one[name][source], other[name][source], strict=True)
-            differences = [its - others for its, others in pairs]
+            differences = np.subtract(one[name][source], other[name][source]).tolist()  # row by row
             found[source][name] = mean(differences)
             if len(differences) > 1:
                 draws = draw_means({"difference": {source: differences}})["difference"]

@@ -200,7 +200,10 @@ def test_some_readers_answer_alone(saved):
 @pytest.mark.parametrize(
     "readers, message",
     [
-        (["full context", "no context"], "Expected `--readers` with 'icae' and 'full context', got none of ['icae']"),
+        (
+            ["full context", "no context"],
+            "'icae' and 'full context' among `--readers`, got ['full context', 'no context']",
+        ),
         (["icae", "full context", "kvpress"], "Expected answers of 'kvpress' to all rows"),
     ],
 )
