@@ -259,6 +259,27 @@ def test_documents_beside_finished_samples_are_refused(make_trainer, make_icae):
         make_trainer(data=prepared, documents=Dataset.from_dict({"text": CONTEXTS}))
 
 
+def test_rows_about_one_context_that_stand_apart_are_counted(make_icae, caplog, monkeypatch):
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("icae"), "propagate", True)
+    apart = Dataset.from_dict(
+        {
+            "context": [CONTEXTS[0], CONTEXTS[1], CONTEXTS[0], CONTEXTS[1]],
+            "prompt": ["Who?", "What?", "When?", "Where?"],
+            "response": ["A", "B", "C", "D"],
+        }
+    )
+    assert len(prepare_sft_dataset(apart, make_icae(), max_prompts=1)) == 4
+    assert "comes again" not in caplog.text
+    assert len(prepare_sft_dataset(apart, make_icae(), max_prompts=4)) == 4
+    assert "2 times a context comes again after rows about others" in caplog.text
+    caplog.clear()
+    assert len(prepare_sft_dataset(apart.sort("context"), make_icae(), max_prompts=4)) == 2
+    assert "comes again" not in caplog.text
+
+
 def test_rows_that_are_too_long_are_left_out_and_counted(make_icae, caplog, monkeypatch):
     import logging
 

@@ -64,7 +64,7 @@ def prepare_sft_dataset(
         model ([`ICAEForConditionalGeneration`]): gives tokenizer, chat template and span length.
         max_prompts (`int`, *optional*, defaults to 1):
             Neighbouring rows with the same context become one sample of up to so many prompts, which share the
-            context's encoder pass. Shuffle the samples, not the rows.
+            context's encoder pass. Shuffle the samples, not the rows; a warning counts contexts that come again apart.
         pretraining_share (`float`, *optional*, defaults to 0.0):
             Share of samples that train reconstruction and continuation. They come beside the rows whose contexts they
             are cut from, or from `documents`.
@@ -104,6 +104,15 @@ def prepare_sft_dataset(
             "Expected the columns `context`, `prompt`, `response`, or `input`, `prompt`, `answer`, or `context`, "
             f"`messages`, got {columns}; rename them."
         )
+
+    if isinstance(dataset, Dataset) and max_prompts > 1:
+        texts = [str(context) for context in dataset["context"]]
+        apart = sum(1 for _ in groupby(texts)) - len(set(texts))
+        if apart:
+            logger.warning(
+                f"{apart} times a context comes again after rows about others: only neighbours share its encoder pass,"
+                f" up to `max_prompts` ({max_prompts}). Sort rows by context; training shuffles the samples."
+            )
 
     # Not the model itself in what follows: `datasets` pickles what a function refers to.
     tokenizer, end_token_ids, span_length = model.tokenizer, model.end_token_ids, model.config.span_length
