@@ -1,4 +1,5 @@
 import json
+import logging
 import subprocess
 import sys
 from functools import partial
@@ -35,6 +36,14 @@ TRIPLES = Dataset.from_dict({"context": CONTEXTS, "prompt": PROMPTS, "response":
 
 def samples(dataset):
     return [dict(row) for row in dataset]
+
+
+@pytest.fixture
+def warnings_log(caplog, monkeypatch):
+    """`caplog`, which also hears the loggers of transformers and icae."""
+    for name in ("transformers", "icae"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    return caplog
 
 
 @pytest.fixture
@@ -259,11 +268,7 @@ def test_documents_beside_finished_samples_are_refused(make_trainer, make_icae):
         make_trainer(data=prepared, documents=Dataset.from_dict({"text": CONTEXTS}))
 
 
-def test_rows_about_one_context_that_stand_apart_are_counted(make_icae, caplog, monkeypatch):
-    import logging
-
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    monkeypatch.setattr(logging.getLogger("icae"), "propagate", True)
+def test_rows_about_one_context_that_stand_apart_are_counted(make_icae, warnings_log):
     apart = Dataset.from_dict(
         {
             "context": [CONTEXTS[0], CONTEXTS[1], CONTEXTS[0], CONTEXTS[1]],
@@ -272,22 +277,18 @@ def test_rows_about_one_context_that_stand_apart_are_counted(make_icae, caplog, 
         }
     )
     assert len(prepare_sft_dataset(apart, make_icae(), max_prompts=1)) == 4
-    assert "comes again" not in caplog.text
+    assert "comes again" not in warnings_log.text
     assert len(prepare_sft_dataset(apart, make_icae(), max_prompts=4)) == 4
-    assert "2 times a context comes again after rows about others" in caplog.text
-    caplog.clear()
+    assert "2 times a context comes again after rows about others" in warnings_log.text
+    warnings_log.clear()
     assert len(prepare_sft_dataset(apart.sort("context"), make_icae(), max_prompts=4)) == 2
-    assert "comes again" not in caplog.text
+    assert "comes again" not in warnings_log.text
 
 
-def test_rows_that_are_too_long_are_left_out_and_counted(make_icae, caplog, monkeypatch):
-    import logging
-
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    monkeypatch.setattr(logging.getLogger("icae"), "propagate", True)
+def test_rows_that_are_too_long_are_left_out_and_counted(make_icae, warnings_log):
     kept = prepare_sft_dataset(TRIPLES, make_icae(), max_context_length=52)
     assert len(kept) == 1
-    assert "Left out 3 of 4 rows" in caplog.text
+    assert "Left out 3 of 4 rows" in warnings_log.text
     long = Dataset.from_dict({"context": ["x" * 500, "x" * 300], "prompt": ["?"] * 2, "response": ["y"] * 2})
     assert len(prepare_sft_dataset(long, make_icae())) == 1  # the base has 512 positions
 

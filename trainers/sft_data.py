@@ -106,8 +106,8 @@ def prepare_sft_dataset(
         )
 
     if isinstance(dataset, Dataset) and max_prompts > 1:
-        texts = [str(context) for context in dataset["context"]]
-        apart = sum(1 for _ in groupby(texts)) - len(set(texts))
+        hashes = [hash(str(context)) for context in dataset["context"]]  # texts would fill the memory
+        apart = sum(1 for _ in groupby(hashes)) - len(set(hashes))
         if apart:
             logger.warning(
                 f"{apart} times a context comes again after rows about others: only neighbours share its encoder pass,"
