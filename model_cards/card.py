@@ -71,6 +71,7 @@ MEASURES = {
     "short_exact_match": Measure("exact match of short answers", "exact_match", "{:.2f}".format),
     "long_rougeL": Measure("ROUGE-L of long answers", "rougeL", "{:.2f}".format),
 }
+SIDE_BY_SIDE = 5  # stages, at most, that are shown in full, a column each
 CONTROLS = {
     "full context": "the frozen base reads the whole context, which is the ceiling without any tuning",
     "full context, tuned": "the base with a LoRA of the same size, tuned on data of the same kind, reads the whole "
@@ -288,13 +289,25 @@ def _data(stages: list[TrainingStage]) -> str:
         groups.setdefault("\n".join(lines), []).append(number)
     paragraphs = []
     for sources, numbers in groups.items():
-        which = f"stage{'s' * (len(numbers) > 1)} {' and '.join(map(str, numbers))}"
+        which = f"stage{'s' * (len(numbers) > 1)} {_ranges(numbers)}"
         paragraphs.append(f"Data of {which}:\n\n{sources}" if sources else f"The data of {which} was not recorded.")
     return "\n\n".join(paragraphs)
 
 
+def _ranges(numbers: list[int]) -> str:
+    """Rising numbers in words: `1 and 3–5`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    *parts, last = [str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs]
+    return f"{', '.join(parts)} and {last}" if parts else last
+
+
 def _stages(stages: dict[str, TrainingStage]) -> str:
-    """The recipes side by side, one column per stage."""
+    """The recipes side by side, one column per stage; of many, the sums of each trainer and a folded row per stage."""
     rows: dict[str, Callable[[TrainingStage], str]] = {
         "started from": lambda stage: f"`{stage.started_from}`" if stage.started_from else "",
         "steps": lambda stage: f"{stage.steps:,}",
@@ -315,7 +328,39 @@ def _stages(stages: dict[str, TrainingStage]) -> str:
         cells = [show(stage) for stage in stages.values()]
         if any(cells):
             table.append([name, *(cell or "not recorded" for cell in cells)])
+    if len(stages) <= SIDE_BY_SIDE:
+        return _markdown(table)
+    every = _markdown([list(row) for row in zip(*table, strict=True)])
+    folded = f"<details>\n<summary>All {len(stages)} stages, first to last</summary>\n\n{every}\n\n</details>"
+    return f"{_sums(list(stages.values()))}\n\n{folded}"
+
+
+def _sums(stages: list[TrainingStage]) -> str:
+    """What the stages of each trainer come to."""
+    table = [["", "stages", "steps", "context tokens", "learning rates", "wall time"]]
+    for name in dict.fromkeys(stage.name for stage in stages):
+        own = [stage for stage in stages if stage.name == name]
+        rates = sorted({stage.learning_rate for stage in own})
+        tokens, seconds = (
+            [*filter(None, known)]
+            for known in zip(*((stage.context_tokens, stage.seconds) for stage in own), strict=True)
+        )
+        table.append(
+            [
+                name,
+                str(len(own)),
+                f"{sum(stage.steps for stage in own):,}",
+                f"{sum(tokens):,}{_of_some(tokens, own)}" if tokens else "not recorded",
+                " to ".join(f"{rate:g}" for rate in dict.fromkeys((rates[0], rates[-1]))),
+                f"{_duration(sum(seconds))}{_of_some(seconds, own)}" if seconds else "not recorded",
+            ]
+        )
     return _markdown(table)
+
+
+def _of_some(known: list, stages: list[TrainingStage]) -> str:
+    """Says of a sum how many stages it leaves out because they did not record it."""
+    return f" ({len(stages) - len(known)} not recorded)" if len(known) < len(stages) else ""
 
 
 def _duration(seconds: float | None) -> str:

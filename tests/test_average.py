@@ -1,5 +1,7 @@
 """`icae average`: a checkpoint whose weights are a mean of those of others."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -46,6 +48,26 @@ def test_every_trained_weight_is_the_mean_and_the_rest_is_the_last_ones(start_an
     assert not (output / "trainer_state.json").exists()
     model = ICAEForConditionalGeneration.from_pretrained(output, base_model=make_base())
     assert len(model.generate(context="a b", prompt="c", max_new_tokens=2)) == 1
+
+
+def test_the_card_of_a_mean_names_the_stages_of_all_checkpoints_once(start_and_end, tmp_path):
+    (shared,) = CardFacts.load(tmp_path / "end").stages
+    for name, seed in (("one", 1), ("other", 2)):
+        ICAEForConditionalGeneration.from_pretrained(tmp_path / "end", base_model=make_base()).save_pretrained(
+            tmp_path / name
+        )
+        CardFacts(stages=[shared, replace(shared, seed=seed)]).save(tmp_path / name)
+    folders = [str(tmp_path / name) for name in ("start", "end", "one", "other")]
+    assert main(["average", *folders, "--output", str(tmp_path / "mean")]) == 0
+    stages = CardFacts.load(tmp_path / "mean").stages
+    assert [stage.seed for stage in stages] == [0, 1, 2]
+    assert [stage.settings for stage in stages] == [{}, {}, {"average of checkpoints": "0.25 : 0.25 : 0.25 : 0.25"}]
+    # the mean's last stage is the run of "other", with a note: the same run, not a fourth one
+    folders = [str(tmp_path / name) for name in ("mean", "other")]
+    assert main(["average", *folders, "--output", str(tmp_path / "again")]) == 0
+    stages = CardFacts.load(tmp_path / "again").stages
+    assert [stage.seed for stage in stages] == [0, 1, 2]
+    assert stages[-1].settings == {"average of checkpoints": "0.25 : 0.25 : 0.25 : 0.25, then 0.5 : 0.5"}
 
 
 @pytest.mark.parametrize("weights", [["1"], ["0.5", "0.6"], ["-0.5", "1.5"]])

@@ -182,6 +182,31 @@ def test_what_is_not_known_is_said_to_be_unknown(config):
     assert "- Letters: licence not recorded" in text and "The data of stage 2 was not recorded." in text
 
 
+def test_many_stages_are_summed_up_and_each_is_a_folded_row(config):
+    stages = [replace(PRETRAINING, seed=seed) for seed in range(4)]
+    stages += [
+        replace(TUNING, seed=4, learning_rate=1e-3),
+        replace(TUNING, seed=5, context_tokens=None, seconds=1800.0),
+    ]
+    text = body(render(CardFacts(name="x", stages=stages), config))
+    assert "| ICAE pretraining | 4 | 6,400 | 3,249,380 | 0.002 | 6.0 hours |" in text
+    assert "| ICAE SFT | 2 | 400 | 812,345 (1 not recorded) | 0.001 to 0.002 | 30 minutes (1 not recorded) |" in text
+    folded = re.search(
+        r"<details>\n<summary>All 6 stages, first to last</summary>\n\n(.*?)\n\n</details>", text, re.DOTALL
+    )[1]
+    head, _, *rows = [line.split(" | ") for line in folded.splitlines()]
+    assert head[1:3] == ["steps", "contexts per step"] and "seed" in head
+    assert [row[0] for row in rows] == [f"| {n}. ICAE {'pretraining' if n < 5 else 'SFT'}" for n in range(1, 7)]
+    assert [row[head.index("seed")] for row in rows] == list("012345")
+
+
+def test_five_stages_stand_side_by_side_and_their_data_is_said_in_ranges(config):
+    stages = [PRETRAINING, TUNING, PRETRAINING, PRETRAINING, PRETRAINING]
+    text = body(render(CardFacts(name="x", stages=stages), config))
+    assert "| steps | 1,600 | 200 | 1,600 | 1,600 | 1,600 |" in text and "<details>" not in text
+    assert "Data of stages 1 and 3–5:" in text and "The data of stage 2 was not recorded." in text
+
+
 def test_a_model_that_was_not_tuned_to_answer_says_so(config):
     sentence = "This model was not trained to answer prompts"
     assert sentence in render(CardFacts(name="x", stages=[PRETRAINING]), config)

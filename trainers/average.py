@@ -8,13 +8,15 @@ forgot and most of what it learnt (Wortsman et al., "Robust fine-tuning of zero-
 import argparse
 import json
 import shutil
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from icae.hub_upload.layout import ADAPTER_WEIGHTS
-from icae.model_cards.facts import CardFacts
+from icae.model_cards.facts import CardFacts, TrainingStage
 from icae.modeling_icae.pretrained_icae import SLOTS_FILE
 
 
@@ -22,14 +24,15 @@ ARCHITECTURE = (
     *("base_model_fingerprint", "memory_type", "span_length", "compression_ratio", "num_memory_slots"),
     *("encoder_layout", "decoder_layout", "lora_r", "lora_alpha"),
 )
+AVERAGE = "average of checkpoints"  # what a card calls the weights of a mean, with the last stage's settings
 # Of a run, not of its weights, so not of the mean.
 OF_A_RUN = ("checkpoint-*", "run.json", "trainer_state.json", "training_args.bin")
 
 
 def average(checkpoints: list[Path], output: Path, weights: list[float] | None = None) -> None:
     """
-    Writes the mean of saved ICAEs, computed in float32 and stored in the last one's dtype. All else, the card's facts
-    too, is taken from the last.
+    Writes the mean of saved ICAEs, computed in float32 and stored in the last one's dtype. All else is taken from the
+    last; its card names the stages of all of them, each once.
 
     Args:
         checkpoints (`list[Path]`): folders, as `save_pretrained` or a trainer wrote them.
@@ -74,9 +77,25 @@ def average(checkpoints: list[Path], output: Path, weights: list[float] | None =
     for file, mean in means.items():
         save_file(mean, output / file, metadata={"format": "pt"})
     facts = CardFacts.load(last)
+    facts.stages = _stages_of_all([CardFacts.load(folder).stages for folder in checkpoints])
     if facts.stages:
-        facts.stages[-1].settings["average of checkpoints"] = " : ".join(f"{weight:.2g}" for weight in weights)
+        settings = facts.stages[-1].settings
+        said = " : ".join(f"{weight:.2g}" for weight in weights)
+        settings[AVERAGE] = f"{settings[AVERAGE]}, then {said}" if AVERAGE in settings else said
         facts.save(output)
+
+
+def _stages_of_all(own: list[list[TrainingStage]]) -> list[TrainingStage]:
+    """Those of the first checkpoint, then what each of the others has beside them."""
+    stages: list[TrainingStage] = []
+    seen = []
+    for stage in chain(*own):
+        # A run that other runs went on from, and the same run as the last of a mean, are one stage.
+        run = replace(stage, settings={name: value for name, value in stage.settings.items() if name != AVERAGE})
+        if run not in seen:
+            seen.append(run)
+            stages.append(stage)
+    return stages
 
 
 def main(argv: list[str] | None = None) -> None:
