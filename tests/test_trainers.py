@@ -280,6 +280,18 @@ def test_icae_pretrain_runs_from_a_file_with_overrides_and_goes_on(command_line)
     assert model.config.span_length == 16
 
 
+def test_another_architecture_than_that_of_the_checkpoint_to_go_on_from_is_an_error(command_line, capsys):
+    from icae.cli import main
+
+    config = ["pretrain", "--config", str(command_line / "config.yaml"), "--max_steps", "1", "--eval_strategy", "no"]
+    assert main([*config, "--decoder_layout", "sequential"]) == 0
+    further = [*config, "--init_from", str(command_line / "run"), "--output_dir", str(command_line / "further")]
+    assert main([*further, "--decoder_layout", "sequential"]) == 0  # as it is
+    assert main([*further, "--lora_r", "2", "--span_length", "32"]) == 2
+    message = f"Expected the architecture of '{command_line / 'run'}', {{'span_length': 16, 'lora_r': 4}}, got "
+    assert message + "{'span_length': 32, 'lora_r': 2}; leave that out" in capsys.readouterr().err
+
+
 def test_a_complete_run_stays_as_it_is(command_line, capsys):
     from icae.cli import main
 
