@@ -341,10 +341,8 @@ def _sums(stages: list[TrainingStage]) -> str:
     for name in dict.fromkeys(stage.name for stage in stages):
         own = [stage for stage in stages if stage.name == name]
         rates = sorted({stage.learning_rate for stage in own})
-        tokens, seconds = (
-            [*filter(None, known)]
-            for known in zip(*((stage.context_tokens, stage.seconds) for stage in own), strict=True)
-        )
+        tokens = [stage.context_tokens for stage in own if stage.context_tokens is not None]
+        seconds = [stage.seconds for stage in own if stage.seconds is not None]
         table.append(
             [
                 name,

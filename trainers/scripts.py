@@ -88,32 +88,24 @@ def load_model(script: ScriptArguments, icae: ICAEArguments, *, cpu: bool) -> IC
         options["attn_implementation"] = script.attn_implementation
     embedded = script.base_model == "embedded"
     base = embedded_base() if embedded else script.base_model
-    if script.init_from:
-        model = ICAEForConditionalGeneration.from_pretrained(
-            script.init_from, base_model=base, is_trainable=True, **options
-        )
-        check_architecture(model.config, icae, script.init_from)
-        return model
     fields = vars(icae) | {"lora_target_modules": icae.lora_target_modules or "all-linear"}
     if fields["num_memory_slots"] is not None:
         fields["compression_ratio"] = None
     config = ICAEConfig(base_model_name_or_path=EMBEDDED_BASE_ID if embedded else None, **fields)
-    return ICAEForConditionalGeneration.from_base(base, config, **options)
-
-
-def check_architecture(config: ICAEConfig, icae: ICAEArguments, init_from: str) -> None:
-    """A checkpoint keeps its architecture: what is asked for beside the defaults must be what it has."""
+    if not script.init_from:
+        return ICAEForConditionalGeneration.from_base(base, config, **options)
+    model = ICAEForConditionalGeneration.from_pretrained(
+        script.init_from, base_model=base, is_trainable=True, **options
+    )
     defaults = vars(ICAEArguments())
-    asked = {name: value for name, value in vars(icae).items() if value != defaults[name]}
-    if "decoder_layout" in asked:  # of every task
-        asked["decoder_layout"] = ICAEConfig(decoder_layout=icae.decoder_layout).decoder_layout
-    differing = {name: value for name, value in asked.items() if value != getattr(config, name)}
-    if differing:
-        own = {name: getattr(config, name) for name in differing}
+    asked = {name: getattr(config, name) for name, value in vars(icae).items() if value != defaults[name]}
+    own = {name: getattr(model.config, name) for name in asked}
+    if asked != own:
         raise ValueError(
-            f"Expected the architecture of {init_from!r}, {own}, got {differing}; leave that out, or train a new "
+            f"Expected the architecture of {script.init_from!r}, {own}, got {asked}; leave that out, or train a new "
             "model without `init_from`."
         )
+    return model
 
 
 def load_parquet(files: list[str], streaming: bool = False):
