@@ -25,6 +25,10 @@ within each source; all readers share the draws, so that the share of the full c
 There are none for one row of each source. `icae_minus` holds the mean differences of each source, `icae` minus each
 other reader: above 0 is better for F1 and worse for loss.
 
+`--repetition-penalty` makes less likely what an answer itself has said, for all readers alike, since a small base that
+is decoded greedily loops. It takes an `--output` of its own, and `kvpress`, which answers by code of its own, cannot
+take part.
+
 `--readers` compares some of these only, on more rows in the same time, in an `--output` of their own.
 
 Each reader's answers are kept in a file of their own in a folder beside the output. What is there is not computed
@@ -104,10 +108,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--per-source", type=int, default=8, help="rows of each source (default: 8)")
     parser.add_argument("--max-context-length", type=int, default=768, help="tokens; longer rows are left out")
     parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        help="of what an answer itself has said, for all readers alike (default: 1, none)",
+    )
     parser.add_argument("--batch-size", type=int, default=16, help="rows answered at once, of similar length")
     arguments = parse(parser, argv, QUICK)
+    penalty = arguments.repetition_penalty
     if arguments.readers:
         check_readers(arguments.readers, arguments.output, parser.get_default("output"))
+    if penalty != 1:
+        check_penalty(penalty, arguments.kvpress, arguments.output, parser.get_default("output"))
 
     model = load_model(arguments.model, arguments.base, arguments.dtype)
     rows, left_out = choose_rows(
@@ -118,10 +131,13 @@ def main(argv: list[str] | None = None) -> None:
         "dtype": arguments.dtype,
         "max_new_tokens": arguments.max_new_tokens,
     }
+    if penalty != 1:
+        shared["repetition_penalty"] = penalty
     answers, earlier = {}, {}
     if arguments.output.is_file():
         earlier = json.loads(arguments.output.read_text())
-    for reader in compared(model, arguments.tuned, arguments.llmlingua, arguments.kvpress, arguments.seed):
+    optional = (arguments.tuned, arguments.llmlingua, arguments.kvpress)
+    for reader in compared(model, *optional, arguments.seed, penalty):
         if reader.name not in (arguments.readers or READERS):
             continue
         words = re.findall(r"[a-z]+", reader.name.lower().replace("'", ""))
@@ -217,37 +233,42 @@ def compared(
     llmlingua: str | None,
     kvpress: str | None,
     seed: int,
+    repetition_penalty: float = 1.0,
 ) -> list[Compared]:
     """What is compared. Readers of the frozen base depend on an ICAE only by the number of its slots."""
     base = model.language_model  # at rest the frozen base
     frozen = {"base": model.config.base_model_fingerprint}
     budget = frozen | {"span_length": model.config.span_length, "slots_per_span": model.config.max_slots_per_span}
     form = budget | {name: getattr(model.config, name) for name in FORM}
+    how = {"repetition_penalty": repetition_penalty}
 
     def untrained() -> Reader:
         torch.manual_seed(seed)
         fresh = ICAEForConditionalGeneration.from_base(
             base.name_or_path, model.config, tokenizer=model.tokenizer, dtype=base.dtype
         )
-        return SlotReader(fresh.eval().to(base.device))
+        return SlotReader(fresh.eval().to(base.device), **how)
 
     def full_context_tuned() -> Reader:
         adapted = AutoModelForCausalLM.from_pretrained(base.name_or_path, dtype=base.dtype)
-        return TokenReader(PeftModel.from_pretrained(adapted, tuned).eval().to(base.device), model, lambda ids: ids)
+        adapted = PeftModel.from_pretrained(adapted, tuned).eval().to(base.device)
+        return TokenReader(adapted, model, lambda ids: ids, **how)
 
     found = [
-        Compared("icae", {"model": model.fingerprint}, lambda: SlotReader(model)),
-        Compared("full context", frozen, lambda: TokenReader(base, model, lambda ids: ids)),
+        Compared("icae", {"model": model.fingerprint}, lambda: SlotReader(model, **how)),
+        Compared("full context", frozen, lambda: TokenReader(base, model, lambda ids: ids, **how)),
         Compared(
             "truncated context",
             budget,
-            lambda: TokenReader(base, model, lambda ids: ids[: number_of_slots(model, ids)]),
+            lambda: TokenReader(base, model, lambda ids: ids[: number_of_slots(model, ids)], **how),
         ),
-        Compared("summary", budget, lambda: SummaryReader(base, model)),
-        Compared("retrieved sentences", budget, lambda: RetrievalReader(base, model)),
-        Compared("no context", frozen, lambda: TokenReader(base, model, lambda ids: [])),
+        Compared("summary", budget, lambda: SummaryReader(base, model, **how)),
+        Compared("retrieved sentences", budget, lambda: RetrievalReader(base, model, **how)),
+        Compared("no context", frozen, lambda: TokenReader(base, model, lambda ids: [], **how)),
         Compared("untrained slots", form | {"seed": seed}, untrained),
-        Compared("another text's slots", {"model": model.fingerprint}, lambda: SlotReader(model, other_text=True)),
+        Compared(
+            "another text's slots", {"model": model.fingerprint}, lambda: SlotReader(model, other_text=True, **how)
+        ),
     ]
     optional = [Compared("full context, tuned", frozen, None)]
     optional += [Compared(name, budget, None) for name in ("LLMLingua", "kvpress")]
@@ -256,7 +277,7 @@ def compared(
         optional[0] = Compared("full context, tuned", adapter, full_context_tuned)
     if llmlingua:
         made_from = budget | {"llmlingua": tool_version(llmlingua, "llmlingua")}
-        optional[1] = Compared("LLMLingua", made_from, lambda: LLMLinguaReader(base, model, llmlingua))
+        optional[1] = Compared("LLMLingua", made_from, lambda: LLMLinguaReader(base, model, llmlingua, **how))
     if kvpress:
         made_from = budget | {"kvpress": tool_version(kvpress, "kvpress")}
         optional[2] = Compared("kvpress", made_from, lambda: KVPressReader(base, model, kvpress))
@@ -275,6 +296,25 @@ def check_readers(names: list[str], output: Path, default: Path) -> None:
         raise ValueError(f"Expected 'icae' and 'full context' among `--readers`, got {names}; add what is missing.")
     if output == default:
         raise ValueError(f"Expected an `--output` of its own with `--readers`, got {str(output)!r}, that of all.")
+
+
+def check_penalty(penalty: float, kvpress: str | None, output: Path, default: Path) -> None:
+    """
+    Checks what `--repetition-penalty` says, before anything is loaded.
+
+    Raises:
+        `ValueError`: if it is not above 0, if kvpress would have to heed it, or if penalised answers would take the
+            place of the greedy ones.
+    """
+    if penalty <= 0:
+        raise ValueError(f"Expected a `--repetition-penalty` above 0, got {penalty}; 1 is none, 1.15 a usual one.")
+    if kvpress:
+        raise ValueError("Expected no `--kvpress` beside `--repetition-penalty`, got both; kvpress answers greedily.")
+    if output == default:
+        raise ValueError(
+            f"Expected an `--output` of its own with `--repetition-penalty`, got {str(output)!r}, that of "
+            "greedy answers."
+        )
 
 
 def kept_answers(path: Path, known: Line, rows: list[Row]) -> AnswerFile | None:

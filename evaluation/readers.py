@@ -7,6 +7,9 @@ All read rows — dicts of `context_ids`, `prompt_ids` and `response_ids` — in
 
 Besides a part of the context, tokens can be a summary of it or what a search finds in it, in as many tokens as there
 are slots.
+
+Answers are greedy. A repetition penalty makes only those tokens less likely that stand in the answer itself, for
+slots hide the context from it; tokens of context and prompt are left alone in all readers.
 """
 
 import re
@@ -16,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from icae.modeling_icae import ICAEForConditionalGeneration, ICAEMemory
 from icae.modeling_icae.chat_icae import encode_plain
@@ -51,10 +54,18 @@ class SlotReader:
         other_text (`bool`, *optional*, defaults to `False`):
             Read the memory of the next other context instead of the row's own, one of the same `source` if the batch
             has any: the control. Batches need two different contexts.
+        repetition_penalty (`float`, *optional*, defaults to 1.0): of answers; 1 is none.
     """
 
-    def __init__(self, model: ICAEForConditionalGeneration, task: str = "instruction", other_text: bool = False):
+    def __init__(
+        self,
+        model: ICAEForConditionalGeneration,
+        task: str = "instruction",
+        other_text: bool = False,
+        repetition_penalty: float = 1.0,
+    ):
         self.model, self.task, self.other_text = model, task, other_text
+        self.repetition_penalty = repetition_penalty
 
     @torch.no_grad()
     def memories(self, rows: list[Row]) -> ICAEMemory:
@@ -87,7 +98,13 @@ class SlotReader:
 
     def answers(self, rows: list[Row], max_new_tokens: int) -> list[str]:
         memory, prompts = self.memories(rows), [row["prompt_ids"] for row in rows]
-        output = self.model.generate(memory=memory, prompt=prompts, max_new_tokens=max_new_tokens, do_sample=False)
+        output = self.model.generate(
+            memory=memory,
+            prompt=prompts,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            logits_processor=penalty_behind(max(map(len, prompts)), self.repetition_penalty),
+        )
         return self.model.tokenizer.batch_decode(output, skip_special_tokens=True)
 
 
@@ -100,6 +117,7 @@ class TokenReader:
         model ([`ICAEForConditionalGeneration`]): the ICAE, whose tokenizer and prefixes are used.
         part (`Callable`): the token ids that are read of the token ids of a context.
         task (`str`, *optional*, defaults to `"instruction"`): or `"continuation"`.
+        repetition_penalty (`float`, *optional*, defaults to 1.0): of answers; 1 is none.
     """
 
     def __init__(
@@ -108,8 +126,10 @@ class TokenReader:
         model: ICAEForConditionalGeneration,
         part: Callable[[list[int]], list[int]],
         task: str = "instruction",
+        repetition_penalty: float = 1.0,
     ):
         self.language_model, self.model, self.part = language_model, model, part
+        self.repetition_penalty = repetition_penalty
         self.prefix = model._prefix(task).tolist()
 
     def contexts(self, rows: list[Row]) -> list[list[int]]:
@@ -174,6 +194,7 @@ class TokenReader:
             do_sample=False,
             eos_token_id=end,
             pad_token_id=end[0],
+            logits_processor=penalty_behind(ids.shape[1], self.repetition_penalty),
         )
         answers = output[:, ids.shape[1] :].tolist()
         return [list(takewhile(lambda token: token not in end, answer)) for answer in answers]
@@ -188,8 +209,8 @@ class SummaryReader(TokenReader):
     many tokens as there are slots.
     """
 
-    def __init__(self, language_model, model: ICAEForConditionalGeneration):
-        super().__init__(language_model, model, lambda ids: ids)
+    def __init__(self, language_model, model: ICAEForConditionalGeneration, repetition_penalty: float = 1.0):
+        super().__init__(language_model, model, lambda ids: ids, repetition_penalty=repetition_penalty)
         self.writer = TokenReader(language_model, model, lambda ids: ids)
         self.summaries: dict[tuple[int, ...], list[int]] = {}
 
@@ -215,8 +236,8 @@ class RetrievalReader(TokenReader):
     Rows also need the texts `context` and `prompt`.
     """
 
-    def __init__(self, language_model, model: ICAEForConditionalGeneration):
-        super().__init__(language_model, model, lambda ids: ids)
+    def __init__(self, language_model, model: ICAEForConditionalGeneration, repetition_penalty: float = 1.0):
+        super().__init__(language_model, model, lambda ids: ids, repetition_penalty=repetition_penalty)
 
     def contexts(self, rows: list[Row]) -> list[list[int]]:
         return [self.retrieve(row) for row in rows]
@@ -235,6 +256,13 @@ class RetrievalReader(TokenReader):
             chosen[index] = sentence_ids[index][:left]
             left -= len(chosen[index])
         return [token for index in sorted(chosen) for token in chosen[index]]
+
+
+def penalty_behind(columns: int, repetition_penalty: float) -> list[LogitsProcessor]:
+    """A repetition penalty of what stands behind the columns that `generate` is given; nothing if it is 1."""
+    if repetition_penalty == 1:
+        return []
+    return [RepetitionPenaltyLogitsProcessor(repetition_penalty, prompt_ignore_length=columns)]
 
 
 def next_of_same_source(sources: Sequence[str | None]) -> list[int]:

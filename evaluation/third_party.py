@@ -72,8 +72,10 @@ def _end(process: subprocess.Popen) -> None:
 class LLMLinguaReader(TokenReader):
     """Answers from what LLMLingua leaves of the context, cut to as many tokens as there are slots."""
 
-    def __init__(self, language_model, model: ICAEForConditionalGeneration, python: str):
-        super().__init__(language_model, model, lambda ids: ids)
+    def __init__(
+        self, language_model, model: ICAEForConditionalGeneration, python: str, repetition_penalty: float = 1.0
+    ):
+        super().__init__(language_model, model, lambda ids: ids, repetition_penalty=repetition_penalty)
         self.tool = Tool(python, TOOLS / "run_llmlingua.py", language_model.name_or_path)
         self.compressed: dict[tuple[int, ...], list[int]] = {}
 

@@ -11,7 +11,14 @@ from icae.cli import main
 from icae.evaluation import answers
 from icae.evaluation.answer_files import AnswerFile, append_lines, read_lines
 from icae.evaluation.answers import choose_rows, draw_means, fill, measure, minus, summarize
-from icae.evaluation.readers import RetrievalReader, SummaryReader, TokenReader, number_of_slots, split_sentences
+from icae.evaluation.readers import (
+    RetrievalReader,
+    SlotReader,
+    SummaryReader,
+    TokenReader,
+    number_of_slots,
+    split_sentences,
+)
 from tiny import make_base
 
 
@@ -94,6 +101,24 @@ def test_answers_are_the_written_tokens_up_to_the_end_token(model, rows):
     model.config.text_config.eos_token_id = ids[0][2]
     first = ids[0].index(ids[0][2])
     assert reader.answer_ids(rows, 6)[0] == ids[0][:first]
+
+
+def readers_of_slots_and_tokens(model, **how):
+    return SlotReader(model, **how), TokenReader(model.language_model, model, lambda ids: ids, **how)
+
+
+def test_a_repetition_penalty_is_of_what_the_answer_has_said_and_not_of_prompt_or_context(model, rows):
+    (letter,) = model.tokenizer("e", add_special_tokens=False)["input_ids"]
+    assert all(letter in row["prompt_ids"] and letter in row["context_ids"] for row in rows)
+    bias = torch.zeros(model.config.text_config.vocab_size)
+    bias[letter] = 99.0
+    model.language_model.lm_head.register_forward_hook(lambda module, given, logits: logits + bias)
+    for reader in readers_of_slots_and_tokens(model):
+        assert reader.answers(rows, 4) == ["eeee"] * len(rows)
+    for reader in readers_of_slots_and_tokens(model, repetition_penalty=1e6):
+        answers = reader.answers(rows, 4)
+        assert all(answer[0] == "e" and len(set(answer)) == len(answer) == 4 for answer in answers)
+        assert answers == [reader.answers([row], 4)[0] for row in rows]  # whose prompts differ in length
 
 
 # ----------------------------------------------------------------------------------------------------------- resuming
@@ -217,6 +242,36 @@ def test_some_readers_do_not_take_the_place_of_the_results_of_all(saved, capsys)
     at = given.index("--output")
     assert main(given[:at] + given[at + 2 :]) == 2
     assert "Expected an `--output` of its own with `--readers`" in capsys.readouterr().err
+
+
+def test_all_readers_answer_with_a_repetition_penalty_and_the_losses_stay_as_they_are(saved):
+    greedy, penalised = saved / "greedy.json", saved / "penalised.json"
+    longer = [*command(saved), "--max-new-tokens", "12"]
+    assert main([*longer, "--output", str(greedy)]) == 0
+    assert main([*longer, "--output", str(penalised), "--repetition-penalty", "1e6"]) == 0
+    for file in (saved / "greedy").iterdir():
+        (made_from, *before), (again, *after) = read_lines(file), read_lines(saved / "penalised" / file.name)
+        assert again == made_from | {"repetition_penalty": 1e6}
+        assert [line["loss"] for line in before] == [line["loss"] for line in after]
+        assert [line["answer"] for line in before] != [line["answer"] for line in after], file.name
+    assert json.loads(penalised.read_text())["arguments"]["repetition_penalty"] == 1e6
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["0"], "Expected a `--repetition-penalty` above 0, got 0.0"),
+        (["1.2", "--kvpress", "python"], "Expected no `--kvpress` beside `--repetition-penalty`, got both"),
+        (["1.2"], "Expected an `--output` of its own with `--repetition-penalty`, got 'results/answers.json'"),
+    ],
+)
+def test_a_repetition_penalty_that_cannot_be_heeded_is_refused(saved, capsys, given, message):
+    line = command(saved, "--repetition-penalty", *given)
+    if "--output" in message:
+        at = line.index("--output")
+        line = line[:at] + line[at + 2 :]
+    assert main(line) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_half_a_line_of_a_killed_run_is_removed(tmp_path):
