@@ -81,7 +81,7 @@ refine-embedded: $(STAMP)  ## rounds of short runs and their means
 CHECKPOINT := checkpoints/icae-smollm2-135m
 DONE := runs/evaluated
 OPTIONAL_READERS = $(if $(TUNED),--tuned $(TUNED)) $(if $(LLMLINGUA),--llmlingua $(LLMLINGUA)) $(if $(KVPRESS),--kvpress $(KVPRESS))
-evaluate: $(addprefix $(DONE)/,reconstruction continuation probes answers by_source bench bench_ratios)  ## all measurements of the embedded checkpoint -> results/, runs/report
+evaluate: $(addprefix $(DONE)/,reconstruction continuation probes answers by_source by_source_penalty bench bench_ratios)  ## all measurements of the embedded checkpoint -> results/, runs/report
 	$(BIN)/icae evaluate aims
 	$(BIN)/icae card $(CHECKPOINT) --results results
 	$(BIN)/python -m icae.evaluation.readme
@@ -91,8 +91,10 @@ $(DONE)/continuation: RUN_THIS = evaluate continuation --data $(DATA)/validation
 $(DONE)/probes: RUN_THIS = evaluate probes --data $(DATA)/validation.parquet \
   --without wikitext2 de_eltec code_python_stdlib --pairs 24 --per-kind 24
 $(DONE)/answers: RUN_THIS = evaluate answers --data $(TRIPLES)/validation.parquet --per-source 5 --dtype float32 $(OPTIONAL_READERS)
-$(DONE)/by_source: RUN_THIS = evaluate answers --data $(TRIPLES)/validation.parquet --per-source 12 --dtype float32 \
-  --readers icae "full context" "truncated context" "no context" --output results/answers_by_source.json
+BY_SOURCE = evaluate answers --data $(TRIPLES)/validation.parquet --per-source 12 --dtype float32 \
+  --readers icae "full context" "truncated context" "no context"
+$(DONE)/by_source: RUN_THIS = $(BY_SOURCE) --output results/answers_by_source.json
+$(DONE)/by_source_penalty: RUN_THIS = $(BY_SOURCE) --repetition-penalty 1.15 --output results/answers_by_source_penalty.json
 $(DONE)/bench: RUN_THIS = bench generate --contexts 512 1024 2048 4096 8000 --repeats 2
 $(DONE)/bench_ratios: RUN_THIS = bench generate --batches 4 --contexts 512 --ratios 2 4 8 16 --repeats 2 --no-memory \
   --output results/bench_generate_ratios.json

@@ -21,7 +21,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
-from icae.modeling_icae import ICAEForConditionalGeneration, ICAEMemory
+from icae.modeling_icae import GREEDY, ICAEForConditionalGeneration, ICAEMemory
 from icae.modeling_icae.chat_icae import encode_plain
 
 
@@ -102,7 +102,7 @@ class SlotReader:
             memory=memory,
             prompt=prompts,
             max_new_tokens=max_new_tokens,
-            do_sample=False,
+            **GREEDY,
             logits_processor=penalty_behind(max(map(len, prompts)), self.repetition_penalty),
         )
         return self.model.tokenizer.batch_decode(output, skip_special_tokens=True)
@@ -191,7 +191,7 @@ class TokenReader:
             input_ids=ids.clamp(min=0),
             attention_mask=(ids >= 0).long(),
             max_new_tokens=max_new_tokens,
-            do_sample=False,
+            **GREEDY,
             eos_token_id=end,
             pad_token_id=end[0],
             logits_processor=penalty_behind(ids.shape[1], self.repetition_penalty),

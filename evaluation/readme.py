@@ -1,6 +1,7 @@
 """Writes the README's results from the files in `results/`: `python -m icae.evaluation.readme`."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 from icae.evaluation import tables
@@ -12,6 +13,7 @@ SECTIONS = {
     "aims": tables.aims,
     "answers": tables.answers,
     "answers_by_source": tables.better_and_worse,
+    "answers_by_source_penalty": partial(tables.better_and_worse, name="answers_by_source_penalty"),
     "continuation": tables.continuation,
     "probes": tables.probes,
     "layouts": tables.layouts,

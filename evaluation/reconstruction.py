@@ -28,7 +28,7 @@ from icae.evaluation.documents import (
 )
 from icae.evaluation.measures import exact_prefix, mean, mean_interval
 from icae.evaluation.readers import next_of_same_source
-from icae.modeling_icae import ICAEForConditionalGeneration
+from icae.modeling_icae import GREEDY, ICAEForConditionalGeneration
 
 
 QUICK = {"lengths": [64], "target_length": 16, "per_source": 1, "written_per_source": 1, "altered_length": 64}
@@ -81,7 +81,7 @@ def write_out(
 ) -> list[Row]:
     """What is really written from the slots of a batch of windows, beside what should be."""
     contexts = [split_window(window, length, target_length)[0] for window in windows]
-    output = model.generate(contexts, task="autoencoding", max_new_tokens=length + 1, do_sample=False).tolist()
+    output = model.generate(contexts, task="autoencoding", max_new_tokens=length + 1, **GREEDY).tolist()
     decode = model.tokenizer.batch_decode
     texts = zip(decode(output, skip_special_tokens=True), decode(contexts, skip_special_tokens=True), strict=True)
     return [

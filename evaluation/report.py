@@ -201,6 +201,12 @@ SECTIONS = (
         (tables.better_and_worse, tables.icae_minus),
     ),
     Section(
+        "Slots against other readers, with a repetition penalty",
+        "answers_by_source_penalty",
+        "icae evaluate answers --data TRIPLES --readers … --repetition-penalty 1.15 --output …",
+        (partial(tables.better_and_worse, name="answers_by_source_penalty"), tables.icae_minus),
+    ),
+    Section(
         "Judged answers",
         "judge",
         "icae evaluate judge --data TRIPLES --judge URL MODEL --against FILE",

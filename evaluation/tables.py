@@ -186,25 +186,33 @@ def _differences(head: str, measure: str, others: Record, sources: Record) -> st
     return table([head, "rows", "icae", *(f"icae − {name}" for name in others)], rows)
 
 
-def better_and_worse(record: Record) -> str:
+def better_and_worse(record: Record, name: str = "answers_by_source") -> str:
     """On how many sources slots are better than other things, and on which they are worse."""
+    penalty = record["arguments"].get("repetition_penalty", 1)  # which losses know nothing of
+    measures = {"f1": 1, "loss": -1} if penalty == 1 else {"f1": 1}
     rows = []
-    for name, sources in record["icae_minus"].items():
-        row = [name]
-        for measure, sign in (("f1", 1), ("loss", -1)):
+    for other, sources in record["icae_minus"].items():
+        row = [other]
+        for measure, sign in measures.items():
             better = [source for source, found in sources.items() if sign * found[measure] > 0]
             worse = [source for source, found in sources.items() if sign * found[measure] < 0]
             sure = {source for source, found in sources.items() if _excludes_zero(found.get(f"{measure}_interval"))}
             row.append(f"{len(better)} of {len(sources)}, {len(sure.intersection(better))} surely")
             row.append(", ".join(f"**{source}**" if source in sure else source for source in worse) or "–")
         rows.append(row)
-    head = ["icae against", "token F1 better", "worse", "loss better", "worse"]
+    head = ["icae against", "token F1 better", "worse", "loss better", "worse"][: 1 + 2 * len(measures)]
+    rows_each = record["arguments"]["per_source"]
+    title = f"**Source by source**, {record['rows']} held-out prompts, at most {rows_each} of each source"
+    if penalty != 1:
+        title = f"**With a repetition penalty** of {penalty} on what an answer itself has said, for all readers"
+    means = [f"{who} {with_interval(row['f1'], row.get('f1_interval'))}" for who, row in record["summary"].items()]
     return f"""\
-**Source by source**, {record["rows"]} held-out prompts, at most {record["arguments"]["per_source"]} of each source
-([answers_by_source.json](results/answers_by_source.json)):
+{title}
+([{name}.json](results/{name}.json)):
 
 {table(head, rows)}
 
+Token F1, the mean over sources: {", ".join(means)}.
 Surely, and in bold: the interval of the difference, which holds 95%, does not hold 0.
 """
 

@@ -34,6 +34,11 @@ from .pipeline_icae import ICAEContextGenerationPipeline  # importing it registe
 from .pretrained_icae import ICAEPreTrainedModel, check_dtype
 
 
+# The likeliest token at each step. The generation_config of some bases (Qwen2.5's) samples and makes repetitions less
+# likely, and a text that repeats itself could not be written out.
+GREEDY = {"do_sample": False, "repetition_penalty": 1.0}
+
+
 @dataclass
 class ICAEOutput(ModelOutput):
     """
@@ -749,7 +754,8 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
 
     def reconstruct(self, memory: ICAEMemory | str | list[str] | torch.Tensor, **kwargs) -> list[str]:
         """
-        Writes the compressed contexts out again: the autoencoding task (paper, section 2.2.1), greedy by default.
+        Writes the compressed contexts out again: the autoencoding task (paper, section 2.2.1), greedy by default,
+        whatever the base's own generation_config says.
 
         Args:
             memory ([`ICAEMemory`] or anything that [`~ICAEForConditionalGeneration.compress`] takes):
@@ -759,7 +765,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         """
         if not isinstance(memory, ICAEMemory):
             memory = self.compress(memory)
-        kwargs = {"do_sample": False, "max_new_tokens": int(memory.num_tokens.max()) + 1} | kwargs
+        kwargs = GREEDY | {"max_new_tokens": int(memory.num_tokens.max()) + 1} | kwargs
         output = self.generate(memory=memory, task="autoencoding", **kwargs)
         ids = output.sequences if isinstance(output, ModelOutput) else output
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -95,6 +95,18 @@ def test_a_batch_of_answers_equals_one_by_one(saved):
             assert reader.answers(rows, 5) == [reader.answers([row], 5)[0] for row in rows]
 
 
+def test_all_readers_are_greedy_whatever_style_of_answers_the_base_asks_for(saved):
+    def answers(**style):
+        model = ICAEForConditionalGeneration.from_pretrained(saved / "icae")
+        for config in (model.generation_config, model.language_model.generation_config):
+            config.update(**style)
+        rows, _ = choose_rows(str(saved / "data.parquet"), 2, 100, 0, model)
+        readers = (SlotReader(model), TokenReader(model.language_model, model, lambda ids: ids))
+        return [reader.answers(rows, 12) for reader in readers]
+
+    assert answers(do_sample=True, temperature=9.0, repetition_penalty=9.0) == answers()
+
+
 @pytest.fixture
 def tuning(saved):
     """The arguments of a short run of the tuned baseline."""

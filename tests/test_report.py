@@ -55,7 +55,8 @@ def results(tokenizer, tmp_path_factory):
         assert main(["evaluate", "aims", "--length", "16"]) == 0
         for name in ("pretrained", "ratios", "spans"):
             shutil.copy("results/reconstruction.json", f"results/{name}.json")
-        shutil.copy("results/answers.json", "results/answers_by_source.json")
+        for name in ("answers_by_source", "answers_by_source_penalty"):
+            shutil.copy("results/answers.json", f"results/{name}.json")
         shutil.copy("results/probes.json", "results/probes_by_ratio.json")
         shutil.copy("results/bench_generate.json", "results/bench_generate_ratios.json")
         Path("results/other.json").write_text('{"what": "something else"}')
@@ -139,6 +140,11 @@ def test_sources_are_counted_where_slots_are_better_and_named_where_they_are_wor
     }
     shown = tables.better_and_worse(record)
     assert "| no context | 1 of 2, 1 surely | two | 0 of 2, 0 surely | **one**, two |" in shown
+    assert f"Token F1, the mean over sources: icae {record['summary']['icae']['f1']:.2f} [" in shown
+    record["arguments"]["repetition_penalty"] = 1.15
+    shown = tables.better_and_worse(record, "penalised")
+    assert "repetition penalty** of 1.15" in shown and "(results/penalised.json)" in shown
+    assert "| no context | 1 of 2, 1 surely | two |\n" in shown  # losses are the same with it
 
 
 def test_the_readme_has_the_same_tables(written, results):

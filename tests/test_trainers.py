@@ -174,6 +174,18 @@ def test_evaluation_reports_the_control_and_real_reconstructions(make_trainer):
     assert other.task_losses["autoencoding"] != output.task_losses["autoencoding"]
 
 
+def test_evaluation_is_greedy_whatever_style_of_answers_the_base_asks_for(make_trainer):
+    def written(**style):
+        trainer, found = make_trainer(), []
+        trainer.model.generation_config.update(**style)
+        generate = trainer.model.generate
+        trainer.model.generate = lambda *given, **options: found.append(generate(*given, **options)) or found[-1]
+        trainer.evaluate()
+        return found[0].tolist()
+
+    assert written(do_sample=True, temperature=9.0, repetition_penalty=9.0) == written()
+
+
 def test_the_control_of_an_evaluation_reads_another_context_even_where_neighbours_have_the_same():
     ids = torch.tensor([[4, 5, 0], [4, 5, 0], [4, 5, 6], [4, 5, 0]])
     mask = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 1, 1], [1, 1, 0]])

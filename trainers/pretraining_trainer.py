@@ -3,7 +3,7 @@
 import torch
 from sacrebleu.metrics import BLEU
 
-from icae.modeling_icae import ICAEForConditionalGeneration, ICAEOutput
+from icae.modeling_icae import GREEDY, ICAEForConditionalGeneration, ICAEOutput
 
 from .icae_trainer import ICAETrainer
 from .pretraining_config import ICAEPretrainingConfig
@@ -75,8 +75,9 @@ class ICAEPretrainingTrainer(ICAETrainer):
         samples = list(dataset.take(self.args.eval_reconstructions))
         contexts = [list(sample["context_ids"]) for sample in samples]
         memory = self.model.compress(contexts)
-        decoded = self.model.generate(memory=memory, task="autoencoding", max_new_tokens=max(map(len, contexts)) + 1)
-        decoded = decoded.tolist()
+        longest = max(map(len, contexts))
+        output = self.model.generate(memory=memory, task="autoencoding", max_new_tokens=longest + 1, **GREEDY)
+        decoded = output.tolist()
         prefixes = []
         for context, ids in zip(contexts, decoded, strict=True):
             same = [int(left == right) for left, right in zip(context, ids, strict=False)]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from icae.evaluation.measures import exact_match, token_f1
-from icae.modeling_icae import ICAEForConditionalGeneration
+from icae.modeling_icae import GREEDY, ICAEForConditionalGeneration
 
 from .icae_trainer import ICAETrainer
 from .sft_config import ICAESFTConfig
@@ -98,7 +98,7 @@ class ICAESFTTrainer(ICAETrainer):
                 contexts,
                 [sample["prompt_ids"][0] for sample in batch],
                 max_new_tokens=self.args.max_new_tokens,
-                do_sample=False,
+                **GREEDY,
             )
             answers = decode(output, skip_special_tokens=True)
             references = decode([sample["response_ids"][0] for sample in batch], skip_special_tokens=True)

@@ -16,7 +16,7 @@ import torch
 from transformers import DynamicCache
 
 from .evaluation.readers import TokenReader
-from .modeling_icae import ICAEForConditionalGeneration, ICAEMemory
+from .modeling_icae import GREEDY, ICAEForConditionalGeneration, ICAEMemory
 
 
 COLUMN = 58  # characters
@@ -91,7 +91,7 @@ def run_demo(
 def answer(model: ICAEForConditionalGeneration, memory: ICAEMemory, context: str, question: str) -> dict[str, str]:
     """A question with its answers: from the slots, and from the frozen base with the full and with no context."""
     row = {"context_ids": tokenize(model, context), "prompt_ids": model.encode_prompts([question])[0]}
-    slots = model.generate(memory=memory, prompt=question, max_new_tokens=ANSWER_LENGTH, do_sample=False)
+    slots = model.generate(memory=memory, prompt=question, max_new_tokens=ANSWER_LENGTH, **GREEDY)
     full = TokenReader(model.language_model, model, lambda ids: ids)
     none = TokenReader(model.language_model, model, lambda ids: [])
     return {
