@@ -21,7 +21,9 @@ def chat_pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any
     What the chat template puts around the texts of a conversation about a context: the piece before the context, the
     one between the context and the first message, and one behind each message.
 
-    With `answer`, the last message is a complete one of the assistant's. A base without a template gets blank lines.
+    The last piece ends where the template shows an answer: behind empty thoughts, if a base reasons first, and in the
+    channel of answers, if it has channels. With `answer`, the last message is a complete one of the assistant's. A
+    base without a template gets blank lines.
     """
     if tokenizer.chat_template is None:
         return ["", "\n\n", *["\n\n"] * (len(messages) - answer), *[""] * answer]
@@ -30,9 +32,19 @@ def chat_pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any
             "Expected a conversation that starts with the user's message, behind which the context stands, got the "
             f"roles {[message['role'] for message in messages]}; put instructions into the user's message."
         )
+    pieces = _around(tokenizer, messages, add_generation_prompt=not answer)
+    if messages[-1]["role"] != "assistant":
+        *_, start, _ = _around(tokenizer, [*messages, {"role": "assistant"}], add_generation_prompt=False)
+        if start.rstrip() != pieces[-1].rstrip():  # a blank before an answer (Llama 2) is a part of its first word
+            pieces[-1] = start
+    return pieces
+
+
+def _around(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **how: Any) -> list[str]:
+    """What a chat template writes around the context and around each message."""
     marked = [message | {"content": CONTENT_MARK} for message in messages]
     marked[0]["content"] = f"{CONTEXT_MARK}\n\n{CONTENT_MARK}"
-    text = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=not answer)
+    text = tokenizer.apply_chat_template(marked, tokenize=False, **how)
     before, _, rest = text.partition(CONTEXT_MARK)
     pieces = [before, *rest.split(CONTENT_MARK)]
     if len(pieces) != len(messages) + 2:

@@ -66,6 +66,28 @@ def test_a_conversation_starts_with_the_context(with_template, name):
     assert read(model, "The cat sat.", CONVERSATION) == start + rendered
 
 
+@pytest.mark.parametrize(
+    ("generation", "shown", "expected"),
+    [
+        ("", "<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n"),  # Qwen3, whose base would open them itself
+        ("<think>\n", "<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n"),  # Qwen3.5
+        ("<think>\n", "", ""),  # DeepSeek-R1
+        ("", "<|channel|>final<|message|>", "<|channel|>final<|message|>"),  # gpt-oss
+        ("", " ", ""),  # Llama 2: the blank is a part of the answer's first word
+    ],
+)
+def test_an_answer_starts_where_the_template_shows_one(with_template, generation, shown, expected):
+    model = with_template(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}" + shown + "{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n" + generation + "{% endif %}"
+    )
+    for prompt in ("Who?", CONVERSATION):
+        text = read(model, "The cat sat.", prompt)
+        assert text.endswith("?<|im_end|>\n<|im_start|>assistant\n" + expected)
+    assert model.tokenizer.decode(model.encode_responses(["A cat."])[0][:-1]) == "A cat."
+
+
 def test_a_base_without_a_template_gets_blank_lines(with_template):
     model = with_template(None)
     assert read(model, "The cat sat.", "Who?") == "<s>The cat sat.\n\nWho?\n\n"
