@@ -240,7 +240,7 @@ def compared(
     frozen = {"base": model.config.base_model_fingerprint}
     budget = frozen | {"span_length": model.config.span_length, "slots_per_span": model.config.max_slots_per_span}
     form = budget | {name: getattr(model.config, name) for name in FORM}
-    how = {"repetition_penalty": repetition_penalty}
+    how: dict[str, Any] = {"repetition_penalty": repetition_penalty}
 
     def untrained() -> Reader:
         torch.manual_seed(seed)

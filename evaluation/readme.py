@@ -1,6 +1,7 @@
 """Writes the README's results from the files in `results/`: `python -m icae.evaluation.readme`."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from icae.evaluation import tables
 
 
 BEGIN, END = "<!-- results:begin -->\n", "<!-- results:end -->"
-SECTIONS = {
+SECTIONS: dict[str, Callable[[tables.Record], str]] = {
     "reconstruction": lambda record: tables.embedded(record) + "\n" + tables.lengths(record),
     "aims": tables.aims,
     "answers": tables.answers,

@@ -36,7 +36,7 @@ from .pretrained_icae import ICAEPreTrainedModel, check_dtype
 
 # The likeliest token at each step. The generation_config of some bases (Qwen2.5's) samples and makes repetitions less
 # likely, and a text that repeats itself could not be written out.
-GREEDY = {"do_sample": False, "repetition_penalty": 1.0}
+GREEDY: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
 
 
 @dataclass
