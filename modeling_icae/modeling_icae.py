@@ -15,6 +15,7 @@ T tokens of the decoder's text, H hidden size, V vocabulary.
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -372,6 +373,23 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.get_input_embeddings()(ids)
 
+    @torch.no_grad()
+    def _check_logits(self) -> None:
+        """Raises a `ValueError` if the base does more to its logits than is known of its family."""
+        if self.device.type == "meta":
+            return
+        base, training = self.language_model, self.language_model.training
+        ids = torch.tensor([self.end_token_ids[:1]], device=self.device)
+        base.eval()  # dropout would make two passes differ
+        expected = base(ids, use_cache=False).logits[0].float()
+        found = self._logits(base.base_model(ids, use_cache=False).last_hidden_state[0]).float()
+        base.train(training)
+        if not torch.allclose(found, expected, rtol=0.05, atol=0.01 * expected.abs().max().item()):
+            raise ValueError(
+                "Expected a base whose logits are the product of its last hidden state and its output embeddings, got "
+                f"{type(self.language_model).__name__}, which does more to them."
+            )
+
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The base's logits for hidden states of shape `(n, H)`, with what some families do to them."""
         logits = self.get_output_embeddings()(hidden)
@@ -617,9 +635,10 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
 
     @property
     def end_token_ids(self) -> list[int]:
-        """Tokens that end a text for this base, its own end token first."""
-        end = self.config.text_config.eos_token_id
-        return end if isinstance(end, list) else [end]
+        """Tokens that end a text for this base, its own end token first, then others that end its answers (Phi-3)."""
+        own, answers = self.config.text_config.eos_token_id, self.generation_config.eos_token_id
+        listed = [end if isinstance(end, list) else [end] for end in (own, answers) if end is not None]
+        return list(dict.fromkeys(chain(*listed)))
 
     # ---------------------------------------------------------------------------------------------------- generation
 

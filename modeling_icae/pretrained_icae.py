@@ -39,6 +39,7 @@ from .configuration_icae import ICAEConfig
 
 
 ADAPTER = "icae"
+ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention")  # kinds of layers
 ADAPTER_FOLDER = "adapter"
 SLOTS_FILE = "icae_slots.safetensors"
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "proxies", "revision", "subfolder")
@@ -83,6 +84,7 @@ class ICAEPreTrainedModel(PreTrainedModel):
         self.memory_embeddings = nn.Parameter(torch.empty(config.max_slots_per_span, size, device=embeddings.device))
         self.task_embeddings = nn.Parameter(torch.empty(2, size, device=embeddings.device))  # [AE], [LM]
         self.generation_config = copy.deepcopy(base_model.generation_config)
+        self.generation_config.use_cache = True  # some bases are saved without, as they were trained
         self.post_init()
         self._initialize_slots()
 
@@ -93,7 +95,7 @@ class ICAEPreTrainedModel(PreTrainedModel):
                 lora_alpha=config.lora_alpha,
                 lora_dropout=config.lora_dropout,
                 target_modules=config.lora_target_modules,
-                exclude_modules=_without_effect(config),
+                exclude_modules=_left_alone(config, base_model),
                 task_type="CAUSAL_LM",
             ),
             ADAPTER,
@@ -149,7 +151,8 @@ class ICAEPreTrainedModel(PreTrainedModel):
                 Passed to `AutoModelForCausalLM.from_pretrained` (`dtype`, `device_map`, `quantization_config`, …).
 
         Raises:
-            `ValueError`: if the base cannot be found, is in float16 or keeps no cache of keys and values.
+            `ValueError`: if the base cannot be found, is in float16, or is no decoder-only language model whose layers
+                all keep keys and values.
         """
         config = copy.deepcopy(config) if config is not None else ICAEConfig()
         revision = kwargs.get("revision")
@@ -162,6 +165,7 @@ class ICAEPreTrainedModel(PreTrainedModel):
         config.text_config = base.config
         config._check()
         model = cls(config, base_model=base)
+        model._check_logits()
         model._tokenizer = tokenizer
         model._make_trainable(True)
         return model
@@ -501,13 +505,19 @@ def _lora_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
     return output.unflatten(0, x.shape[:-1])
 
 
-def _without_effect(config: ICAEConfig) -> str | None:
-    """Modules, as a regular expression, whose adapter could not change a slot: keys and values of the last layer are
-    made before that layer's queries, output and feed-forward block."""
-    if config.memory_type == "hidden_states":
-        return None
-    others = r"(mlp|feed_forward|block_sparse_moe)\.|(q_proj|q_[ab]_proj|o_proj|out_proj|c_proj|dense|fc1|fc2)$"
-    return rf".*\.{config.text_config.num_hidden_layers - 1}\.(?=.*({others})).*"
+def _left_alone(config: ICAEConfig, base: PreTrainedModel) -> str | None:
+    """
+    Modules, as a regular expression, that get no adapter: routers, which give more than a product (Llama 4), and those
+    that could not change a slot, for keys and values of the last layer are made before that layer's queries, output
+    and feed-forward block.
+    """
+    modules = []
+    if any(name.endswith(".router") for name, _ in base.named_modules()):
+        modules.append(r".*\.router")
+    if config.memory_type == "key_values":
+        others = r"(mlp|feed_forward|block_sparse_moe)\.|(q_proj|q_[ab]_proj|o_proj|out_proj|c_proj|dense|fc1|fc2)$"
+        modules.append(rf".*\.{config.text_config.num_hidden_layers - 1}\.(?=.*({others})).*")
+    return "|".join(modules) or None
 
 
 def _load_base(name: str, **kwargs) -> PreTrainedModel:
@@ -524,11 +534,28 @@ def _load_base(name: str, **kwargs) -> PreTrainedModel:
 
 def _check_base(base: PreTrainedModel) -> None:
     check_dtype(base.get_input_embeddings().weight.dtype)
-    if base.config.is_encoder_decoder or base._is_stateful:
+    config, name = base.config, type(base).__name__
+    if (text_config := config.get_text_config()) is not config:
         raise ValueError(
-            f"Expected a base with a cache of keys and values, as decoder-only models have, got {type(base).__name__}."
+            f"Expected a base that reads text alone, got {name}, of which its language model "
+            f"({text_config.model_type!r}) is a part; save that part as a model of its own and pass it."
         )
-    if base.config.eos_token_id is None:
+    others = set(getattr(config, "layer_types", None) or ()) - set(ATTENTION)
+    if config.is_encoder_decoder or base._is_stateful or others:
+        raise ValueError(
+            "Expected a base with a cache of keys and values in all layers, as decoder-only models have, got "
+            f"{name}{f', with layers {sorted(others)}' if others else ''}."
+        )
+    if getattr(config, "hidden_size_per_layer_input", None):
+        raise ValueError(
+            f"Expected a base that reads embeddings, which slots have, got {name}, whose layers read token ids too "
+            "(`hidden_size_per_layer_input`)."
+        )
+    if base.base_model is base or "position_ids" not in inspect.signature(base.base_model.forward).parameters:
+        raise ValueError(
+            f"Expected a base with a body that takes `position_ids`, for slots have their own, got {name}."
+        )
+    if config.eos_token_id is None:
         raise ValueError(
             f"Expected a base with an end token, got `eos_token_id=None` in the configuration of "
             f"{type(base).__name__}; set it, a reconstruction has to end somewhere."

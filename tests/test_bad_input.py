@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config
 
 from icae import ICAEConfig, ICAEForConditionalGeneration
-from tiny import make_base
+from tiny import GEMMA_LIKE, SHARED, make_base
 
 
 @pytest.fixture
@@ -285,9 +286,40 @@ def test_a_model_turned_into_float16(model):
         model.half().compress("text")
 
 
-def test_a_base_without_keys_and_values(make_icae):
-    from transformers import AutoConfig, AutoModelForCausalLM
+PER_LAYER = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 8,
+}
 
-    config = AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=2, vocab_size=101, state_size=4)
-    with pytest.raises(ValueError, match=r"Expected a base .*keys and values"):
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("mamba", {"state_size": 4}, "Expected a base with a cache of keys and values in all layers"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, r"got Lfm2ForCausalLM, with layers \['conv'\]"),
+        (
+            "gemma3n_text",
+            PER_LAYER,
+            "Expected a base that reads embeddings, .* got Gemma3nForCausalLM, .* token ids too",
+        ),
+        ("bloom", {}, "Expected a base with a body that takes `position_ids`, .* got BloomForCausalLM"),
+        ("modernbert-decoder", {}, "logits are the product .* got ModernBertDecoderForCausalLM"),
+    ],
+)
+def test_a_base_that_cannot_read_slots(make_icae, family, fields, message):
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    small = SHARED | shape | {"vocab_size_per_layer_input": 8, "num_key_value_heads": 2, "head_dim": 8}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(small | fields)))
+    with pytest.raises(ValueError, match=message):
+        make_icae(base=base)
+
+
+def test_a_base_that_reads_more_than_text(make_icae):
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    sizes = {"image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=SHARED | GEMMA_LIKE, vision_config=vision | sizes)
+    with pytest.raises(
+        ValueError, match=r"Expected a base that reads text alone, got Gemma3.* \('gemma3_text'\) is a"
+    ):
         make_icae(base=AutoModelForCausalLM.from_config(config))

@@ -101,6 +101,14 @@ def test_a_response_ends_with_the_token_that_ends_generation(with_template, temp
     assert model.tokenizer.decode(model.encode_responses(["A cat."])[0]) == "A cat." + end
 
 
+def test_a_response_may_end_with_a_token_that_ends_generation_only(with_template):
+    """Phi-3's configuration names the end of a text, its generation_config the end of an answer as well."""
+    model = with_template(TEMPLATE)
+    model.generation_config.eos_token_id = [2, 4]
+    assert model.end_token_ids == [2, 4]
+    assert model.tokenizer.decode(model.encode_responses(["A cat."])[0]) == "A cat.<|im_end|>"
+
+
 @pytest.mark.parametrize("place", ["context", "prompt"])
 def test_control_tokens_in_a_text_are_tokenised_as_text(with_template, place):
     model = with_template(TEMPLATE)

@@ -278,3 +278,20 @@ def test_slots_start_with_the_mean_and_spread_of_the_words_that_the_family_reads
     spread = words.std(dim=0)
     assert ((slots.mean(dim=0) - words.mean(dim=0)).abs() < spread / 4).all()
     close(slots.std(dim=0), spread, rtol=0.2, atol=0)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "phimoe", "gpt_oss"])
+def test_bases_with_experts_get_an_adapter_that_leaves_the_decoder_and_linear_routers_alone(make_icae, family):
+    experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    base = make_base(family, **experts)
+    ids = torch.arange(5, 40)[None]
+    with torch.no_grad():
+        expected = base(ids).logits
+        model = make_icae(base=base).eval()
+        assert torch.equal(model.language_model(ids).logits, expected)
+        with model.adapter(True):
+            assert not torch.equal(model.language_model(ids).logits, expected)
+    assert not any(".router." in name for name in model.trainable_parameters())
+    answers = model.generate(CONTEXTS, PROMPTS, max_new_tokens=6, **NO_CONTROL)
+    for row, context, prompt in zip(answers, CONTEXTS, PROMPTS, strict=True):
+        assert torch.equal(model.generate(context, prompt, max_new_tokens=6, **NO_CONTROL)[0], row)

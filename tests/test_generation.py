@@ -257,6 +257,16 @@ def test_the_model_s_own_generation_config_is_the_default(model):
     assert model.language_model.generation_config.max_new_tokens != 3
 
 
+def test_a_base_that_was_saved_without_a_cache_answers(make_icae):
+    expected = make_icae().generate(CONTEXTS, PROMPTS, **GREEDY)
+    base = make_base(use_cache=False)
+    base.generation_config.use_cache = False
+    model = make_icae(base=base)
+    assert torch.equal(model.generate(CONTEXTS, PROMPTS, **GREEDY), expected)
+    with pytest.raises(ValueError, match="Expected `use_cache=True`"):
+        model.generate(CONTEXTS, PROMPTS, use_cache=False, **GREEDY)
+
+
 def test_a_streamer_that_fails_leaves_the_model_as_it_was(model):
     class Broken(TextStreamer):
         def put(self, value):

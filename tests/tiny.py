@@ -58,5 +58,5 @@ SHORT_RUN = {
 def make_base(family: str = "llama", **overrides):
     """A tiny, seeded base of one of `FAMILIES`."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **(SHARED | FAMILIES[family] | overrides))
+    config = AutoConfig.for_model(family, **(SHARED | FAMILIES.get(family, LLAMA_LIKE) | overrides))
     return AutoModelForCausalLM.from_config(config).eval()
