@@ -205,6 +205,7 @@ def better_and_worse(record: Record, name: str = "answers_by_source") -> str:
     title = f"**Source by source**, {record['rows']} held-out prompts, at most {rows_each} of each source"
     if penalty != 1:
         title = f"**With a repetition penalty** of {penalty} on what an answer itself has said, for all readers"
+    surely = "Surely, and in bold: the interval of the difference, which holds 95%, does not hold 0.\n"
     means = [f"{who} {with_interval(row['f1'], row.get('f1_interval'))}" for who, row in record["summary"].items()]
     return f"""\
 {title}
@@ -213,8 +214,7 @@ def better_and_worse(record: Record, name: str = "answers_by_source") -> str:
 {table(head, rows)}
 
 Token F1, the mean over sources: {", ".join(means)}.
-Surely, and in bold: the interval of the difference, which holds 95%, does not hold 0.
-"""
+{surely if penalty == 1 else ""}"""
 
 
 def _excludes_zero(interval: list[float] | None) -> bool:

@@ -301,7 +301,7 @@ PER_LAYER = {
         (
             "gemma3n_text",
             PER_LAYER,
-            "Expected a base that reads embeddings, .* got Gemma3nForCausalLM, .* token ids too",
+            "Expected a base that reads embeddings, .* whose layers read token ids",
         ),
         ("bloom", {}, "Expected a base with a body that takes `position_ids`, .* got BloomForCausalLM"),
         ("modernbert-decoder", {}, "logits are the product .* got ModernBertDecoderForCausalLM"),
