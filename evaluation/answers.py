@@ -303,8 +303,8 @@ def check_penalty(penalty: float, kvpress: str | None, output: Path, default: Pa
     Checks what `--repetition-penalty` says, before anything is loaded.
 
     Raises:
-        `ValueError`: if it is not above 0, if kvpress would have to heed it, or if penalised answers would take the
-            place of the greedy ones.
+        `ValueError`: if it is not above 0, if kvpress would have to heed it, or if the output is the default one, of
+            greedy answers.
     """
     if penalty <= 0:
         raise ValueError(f"Expected a `--repetition-penalty` above 0, got {penalty}; 1 is none, 1.15 a usual one.")

@@ -98,14 +98,22 @@ class SlotReader:
 
     def answers(self, rows: list[Row], max_new_tokens: int) -> list[str]:
         memory, prompts = self.memories(rows), [row["prompt_ids"] for row in rows]
-        output = self.model.generate(
-            memory=memory,
-            prompt=prompts,
-            max_new_tokens=max_new_tokens,
-            **GREEDY,
-            logits_processor=penalty_behind(max(map(len, prompts)), self.repetition_penalty),
-        )
-        return self.model.tokenizer.batch_decode(output, skip_special_tokens=True)
+        parts = [list(range(len(rows)))]
+        if self.repetition_penalty != 1 and getattr(self.model.config.text_config, "sliding_window", None):
+            # `generate` may answer such a batch row by row, whose prompts then have no columns of padding to ignore.
+            parts = [[row] for row in parts[0]]
+        answers = []
+        for part in parts:
+            asked = [prompts[row] for row in part]
+            output = self.model.generate(
+                memory=memory[part],
+                prompt=asked,
+                max_new_tokens=max_new_tokens,
+                **GREEDY,
+                logits_processor=penalty_behind(max(map(len, asked)), self.repetition_penalty),
+            )
+            answers += self.model.tokenizer.batch_decode(output, skip_special_tokens=True)
+        return answers
 
 
 class TokenReader:

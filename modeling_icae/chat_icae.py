@@ -44,7 +44,7 @@ def _around(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], 
     """What a chat template writes around the context and around each message."""
     marked = [message | {"content": CONTENT_MARK} for message in messages]
     marked[0]["content"] = f"{CONTEXT_MARK}\n\n{CONTENT_MARK}"
-    text = tokenizer.apply_chat_template(marked, tokenize=False, **how)
+    text = tokenizer.apply_chat_template(marked, tokenize=False, enable_thinking=False, **how)  # many know this switch
     before, _, rest = text.partition(CONTEXT_MARK)
     pieces = [before, *rest.split(CONTENT_MARK)]
     if len(pieces) != len(messages) + 2:

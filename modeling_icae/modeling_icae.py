@@ -37,7 +37,7 @@ from .pretrained_icae import ICAEPreTrainedModel, check_dtype
 
 # The likeliest token at each step. The generation_config of some bases (Qwen2.5's) samples and makes repetitions less
 # likely, and a text that repeats itself could not be written out.
-GREEDY: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
+GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
 
 @dataclass
@@ -378,12 +378,9 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         """Raises a `ValueError` if the base does more to its logits than is known of its family."""
         if self.device.type == "meta":
             return
-        base, training = self.language_model, self.language_model.training
-        ids = torch.tensor([self.end_token_ids[:1]], device=self.device)
-        base.eval()  # dropout would make two passes differ
-        expected = base(ids, use_cache=False).logits[0].float()
-        found = self._logits(base.base_model(ids, use_cache=False).last_hidden_state[0]).float()
-        base.train(training)
+        base, ids = self.language_model, torch.arange(8, device=self.device)[None]
+        expected = base(ids, use_cache=False).logits[0].float().cpu()
+        found = self._logits(base.base_model(ids, use_cache=False).last_hidden_state[0]).float().cpu()
         if not torch.allclose(found, expected, rtol=0.05, atol=0.01 * expected.abs().max().item()):
             raise ValueError(
                 "Expected a base whose logits are the product of its last hidden state and its output embeddings, got "

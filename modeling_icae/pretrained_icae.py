@@ -39,7 +39,7 @@ from .configuration_icae import ICAEConfig
 
 
 ADAPTER = "icae"
-ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "attention")  # kinds of layers
+LAYERS_WITH_KEYS_AND_VALUES = ("full_attention", "sliding_attention", "chunked_attention", "attention")
 ADAPTER_FOLDER = "adapter"
 SLOTS_FILE = "icae_slots.safetensors"
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "proxies", "revision", "subfolder")
@@ -507,9 +507,9 @@ def _lora_forward(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
 
 def _left_alone(config: ICAEConfig, base: PreTrainedModel) -> str | None:
     """
-    Modules, as a regular expression, that get no adapter: routers, which give more than a product (Llama 4), and those
-    that could not change a slot, for keys and values of the last layer are made before that layer's queries, output
-    and feed-forward block.
+    Modules, as a regular expression, that get no adapter: linear layers named `router`, which give more than a product
+    (Phi-3.5-MoE), and those that could not change a slot, for keys and values of the last layer are made before that
+    layer's queries, output and feed-forward block.
     """
     modules = []
     if any(name.endswith(".router") for name, _ in base.named_modules()):
@@ -540,7 +540,7 @@ def _check_base(base: PreTrainedModel) -> None:
             f"Expected a base that reads text alone, got {name}, of which its language model "
             f"({text_config.model_type!r}) is a part; save that part as a model of its own and pass it."
         )
-    others = set(getattr(config, "layer_types", None) or ()) - set(ATTENTION)
+    others = set(getattr(config, "layer_types", None) or ()) - set(LAYERS_WITH_KEYS_AND_VALUES)
     if config.is_encoder_decoder or base._is_stateful or others:
         raise ValueError(
             "Expected a base with a cache of keys and values in all layers, as decoder-only models have, got "
@@ -551,9 +551,10 @@ def _check_base(base: PreTrainedModel) -> None:
             f"Expected a base that reads embeddings, which slots have, got {name}, whose layers read token ids too "
             "(`hidden_size_per_layer_input`)."
         )
-    if base.base_model is base or "position_ids" not in inspect.signature(base.base_model.forward).parameters:
+    taken = inspect.signature(base.base_model.forward).parameters
+    if base.base_model is base or not {"position_ids", "past_key_values"}.issubset(taken):
         raise ValueError(
-            f"Expected a base with a body that takes `position_ids`, for slots have their own, got {name}."
+            f"Expected a base with a body that takes `position_ids` and `past_key_values`, as slots need, got {name}."
         )
     if config.eos_token_id is None:
         raise ValueError(

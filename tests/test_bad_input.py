@@ -303,7 +303,8 @@ PER_LAYER = {
             PER_LAYER,
             "Expected a base that reads embeddings, .* whose layers read token ids",
         ),
-        ("bloom", {}, "Expected a base with a body that takes `position_ids`, .* got BloomForCausalLM"),
+        ("bloom", {}, "Expected a base with a body that takes `position_ids` .* got BloomForCausalLM"),
+        ("openai-gpt", {}, "that takes `position_ids` and `past_key_values`, .* got OpenAIGPTLMHeadModel"),
         ("modernbert-decoder", {}, "logits are the product .* got ModernBertDecoderForCausalLM"),
     ],
 )

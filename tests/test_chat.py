@@ -73,6 +73,7 @@ def test_a_conversation_starts_with_the_context(with_template, name):
         ("<think>\n", "<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n"),  # Qwen3.5
         ("<think>\n", "", ""),  # DeepSeek-R1
         ("", "<|channel|>final<|message|>", "<|channel|>final<|message|>"),  # gpt-oss
+        ("{% if not enable_thinking is false %}<think>{% endif %}", "", ""),  # a switch, as of SmolLM3
         ("", " ", ""),  # Llama 2: the blank is a part of the answer's first word
     ],
 )

@@ -13,8 +13,9 @@ from icae.evaluation.answer_files import AnswerFile
 from icae.evaluation.answers import choose_rows, number_of_slots
 from icae.evaluation.measures import exact_match, scores, token_f1
 from icae.evaluation.readers import SlotReader, TokenReader
+from icae.evaluation.reconstruction import write_out
 from icae.evaluation.tune_full_context import main as tune
-from tiny import make_base
+from tiny import STYLE, make_base
 
 
 TRIPLES = Dataset.from_dict(
@@ -102,9 +103,10 @@ def test_all_readers_are_greedy_whatever_style_of_answers_the_base_asks_for(save
             config.update(**style)
         rows, _ = choose_rows(str(saved / "data.parquet"), 2, 100, 0, model)
         readers = (SlotReader(model), TokenReader(model.language_model, model, lambda ids: ids))
-        return [reader.answers(rows, 12) for reader in readers]
+        windows = [{"source": "a", "ids": row["context_ids"][:24]} for row in rows]
+        return [reader.answers(rows, 12) for reader in readers], write_out(model, windows, 20, 4)
 
-    assert answers(do_sample=True, temperature=9.0, repetition_penalty=9.0) == answers()
+    assert answers(**STYLE) == answers()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, TextStreamer
 
-from tiny import FAMILIES, make_base
+from tiny import FAMILIES, STYLE, make_base
 
 
 MEMORY_TYPES = ["key_values", "hidden_states"]
@@ -160,7 +160,7 @@ def test_reconstruct_reads_the_memory_with_the_autoencoding_task(model, tokenize
 def test_reconstruct_is_greedy_whatever_style_of_answers_the_base_asks_for(make_icae):
     plain = make_icae().reconstruct(CONTEXTS, max_new_tokens=20)
     base = make_base()
-    base.generation_config.update(do_sample=True, temperature=9.0, repetition_penalty=9.0)  # Qwen2.5's does the same
+    base.generation_config.update(**STYLE)
     styled = make_icae(base=base)
     assert styled.generation_config.repetition_penalty == 9.0
     assert styled.reconstruct(CONTEXTS, max_new_tokens=20) == plain

@@ -20,7 +20,7 @@ from icae.trainers import (
     ICAESFTTrainer,
     prepare_sft_dataset,
 )
-from tiny import SHORT_RUN, make_base
+from tiny import SHORT_RUN, STYLE, make_base, written_in_evaluation
 
 
 CONTEXTS = [
@@ -402,6 +402,10 @@ def test_evaluation_reports_the_control_and_real_answers(make_trainer):
     names = ("response_loss", "response_accuracy", "response_loss_other_text", "f1", "exact_match")
     assert {f"eval_{name}" for name in names} <= set(logged)
     assert logged["eval_response_loss"] != logged["eval_response_loss_other_text"]
+
+
+def test_evaluation_is_greedy_whatever_style_of_answers_the_base_asks_for(make_trainer):
+    assert written_in_evaluation(make_trainer(), **STYLE) == written_in_evaluation(make_trainer())
 
 
 def test_evaluation_shows_what_tuning_costs_reconstruction(make_trainer):

@@ -16,7 +16,7 @@ from icae import ICAEForConditionalGeneration
 from icae.trainers import ICAEPretrainingConfig, ICAEPretrainingTrainer
 from icae.trainers.icae_trainer import _rows_of_other_texts
 from icae.trainers.scripts import ICAEArguments, ScriptArguments, load_data
-from tiny import SHORT_RUN, make_base
+from tiny import SHORT_RUN, STYLE, make_base, written_in_evaluation
 
 
 SENTENCES = [
@@ -175,15 +175,7 @@ def test_evaluation_reports_the_control_and_real_reconstructions(make_trainer):
 
 
 def test_evaluation_is_greedy_whatever_style_of_answers_the_base_asks_for(make_trainer):
-    def written(**style):
-        trainer, found = make_trainer(), []
-        trainer.model.generation_config.update(**style)
-        generate = trainer.model.generate
-        trainer.model.generate = lambda *given, **options: found.append(generate(*given, **options)) or found[-1]
-        trainer.evaluate()
-        return found[0].tolist()
-
-    assert written(do_sample=True, temperature=9.0, repetition_penalty=9.0) == written()
+    assert written_in_evaluation(make_trainer(), **STYLE) == written_in_evaluation(make_trainer())
 
 
 def test_the_control_of_an_evaluation_reads_another_context_even_where_neighbours_have_the_same():

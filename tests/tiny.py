@@ -54,6 +54,18 @@ SHORT_RUN = {
     "seed": 3,
 }
 
+# What the generation_config of a base may ask for, as Qwen2.5's does, only more.
+STYLE = {"do_sample": True, "temperature": 9.0, "repetition_penalty": 9.0}
+
+
+def written_in_evaluation(trainer, **style):
+    """The token ids that a trainer's evaluation writes first, from a model with a style of answers."""
+    found, generate = [], trainer.model.generate
+    trainer.model.generation_config.update(**style)
+    trainer.model.generate = lambda *given, **options: found.append(generate(*given, **options)) or found[-1]
+    trainer.evaluate()
+    return found[0].tolist()
+
 
 def make_base(family: str = "llama", **overrides):
     """A tiny, seeded base of one of `FAMILIES`."""
