@@ -1,12 +1,15 @@
 """The slots stand where the context would stand in the base's own chat template, whatever that looks like."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
+import trl
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from icae.modeling_icae.chat_icae import encode_plain
+from icae.modeling_icae.chat_icae import chat_pieces, encode_plain
 from tiny import TEMPLATE
 
 
@@ -22,6 +25,12 @@ TEMPLATES = {
         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
     ),
 }
+# Of bases that read text: TRL comes with theirs.
+REAL_TEMPLATES = [
+    file
+    for file in sorted(Path(trl.__file__).parent.glob("chat_templates/*.jinja"))
+    if not re.search("_training|vl|llava|idefics", file.stem)
+]
 CONVERSATION = [
     {"role": "user", "content": "Who is it?"},
     {"role": "assistant", "content": "A cat."},
@@ -87,6 +96,16 @@ def test_an_answer_starts_where_the_template_shows_one(with_template, generation
         text = read(model, "The cat sat.", prompt)
         assert text.endswith("?<|im_end|>\n<|im_start|>assistant\n" + expected)
     assert model.tokenizer.decode(model.encode_responses(["A cat."])[0][:-1]) == "A cat."
+
+
+@pytest.mark.parametrize("file", REAL_TEMPLATES, ids=[file.stem for file in REAL_TEMPLATES])
+def test_no_answer_starts_within_the_thoughts_of_a_real_base(with_template, file):
+    tokenizer = with_template(file.read_text()).tokenizer
+    for messages in (CONVERSATION[:1], CONVERSATION):
+        _, between, *behind = chat_pieces(tokenizer, messages)
+        assert between == "\n\n" and len(behind) == len(messages)
+        assert re.search("assistant|model|CHATBOT", behind[-1], re.IGNORECASE)
+        assert behind[-1].count("<think>") == behind[-1].count("</think>")
 
 
 def test_a_base_without_a_template_gets_blank_lines(with_template):
