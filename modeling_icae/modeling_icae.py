@@ -15,7 +15,6 @@ T tokens of the decoder's text, H hidden size, V vocabulary.
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -629,13 +628,6 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
     def _loss_chunk_size(self) -> int:
         """Targets whose logits exist at once: few on a CPU, for its caches; on a GPU each chunk costs its launches."""
         return 128 if self.memory_embeddings.device.type == "cpu" else 1024
-
-    @property
-    def end_token_ids(self) -> list[int]:
-        """Tokens that end a text for this base, its own end token first, then others that end its answers (Phi-3)."""
-        own, answers = self.config.text_config.eos_token_id, self.generation_config.eos_token_id
-        listed = [end if isinstance(end, list) else [end] for end in (own, answers) if end is not None]
-        return list(dict.fromkeys(chain(*listed)))
 
     # ---------------------------------------------------------------------------------------------------- generation
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -85,6 +86,8 @@ class ICAEPreTrainedModel(PreTrainedModel):
         self.task_embeddings = nn.Parameter(torch.empty(2, size, device=embeddings.device))  # [AE], [LM]
         self.generation_config = copy.deepcopy(base_model.generation_config)
         self.generation_config.use_cache = True  # some bases are saved without, as they were trained
+        if len(self.end_token_ids) > 1:
+            self.generation_config.eos_token_id = self.end_token_ids
         self.post_init()
         self._initialize_slots()
 
@@ -394,6 +397,13 @@ class ICAEPreTrainedModel(PreTrainedModel):
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """What training changes, by name: the adapter's matrices, `memory_embeddings` and `task_embeddings`."""
         return {name: parameter for name, parameter in self.named_parameters() if _is_icae_parameter(name)}
+
+    @property
+    def end_token_ids(self) -> list[int]:
+        """Tokens that end a text for this base, its own end token first, then others that end its answers (Phi-3)."""
+        own, answers = self.config.text_config.eos_token_id, self.generation_config.eos_token_id
+        listed = [end if isinstance(end, list) else [end] for end in (own, answers) if end is not None]
+        return list(dict.fromkeys(chain(*listed)))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

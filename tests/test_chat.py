@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from icae.modeling_icae.chat_icae import chat_pieces, encode_plain
-from tiny import TEMPLATE
+from tiny import TEMPLATE, make_base
 
 
 TEMPLATES = {
@@ -40,8 +40,8 @@ CONVERSATION = [
 
 @pytest.fixture
 def with_template(make_icae, tokenizer):
-    def make(template):
-        model = make_icae()
+    def make(template, base=None):
+        model = make_icae(base=base)
         model.tokenizer = copy.deepcopy(tokenizer)
         model.tokenizer.chat_template = template
         return model
@@ -123,9 +123,10 @@ def test_a_response_ends_with_the_token_that_ends_generation(with_template, temp
 
 def test_a_response_may_end_with_a_token_that_ends_generation_only(with_template):
     """Phi-3's configuration names the end of a text, its generation_config the end of an answer as well."""
-    model = with_template(TEMPLATE)
-    model.generation_config.eos_token_id = [2, 4]
-    assert model.end_token_ids == [2, 4]
+    base = make_base()
+    base.generation_config.eos_token_id = 4
+    model = with_template(TEMPLATE, base=base)
+    assert model.end_token_ids == model.generation_config.eos_token_id == [2, 4]
     assert model.tokenizer.decode(model.encode_responses(["A cat."])[0]) == "A cat.<|im_end|>"
 
 
