@@ -658,6 +658,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                 `"instruction"` answers the prompt, `"autoencoding"` writes the context out, `"continuation"` goes on.
             generation_config (`GenerationConfig`, *optional*) and kwargs:
                 All that `GenerationMixin.generate` takes (`max_new_tokens`, `num_beams`, `do_sample`, `streamer`, …).
+                `repetition_penalty` is of what prompt and answer say; it cannot see the context.
 
         Returns:
             `torch.LongTensor` of shape `(batch_size, new_tokens)`: the new tokens only; or a `GenerateOutput` when

@@ -154,8 +154,8 @@ class ICAEPreTrainedModel(PreTrainedModel):
                 Passed to `AutoModelForCausalLM.from_pretrained` (`dtype`, `device_map`, `quantization_config`, …).
 
         Raises:
-            `ValueError`: if the base cannot be found, is in float16, or is no decoder-only language model whose layers
-                all keep keys and values.
+            `ValueError`: if the base cannot be found, is in float16, has no end token, or cannot read slots: it has
+                layers without keys and values, reads token ids or images too, or has a body or head of unknown form.
         """
         config = copy.deepcopy(config) if config is not None else ICAEConfig()
         revision = kwargs.get("revision")
