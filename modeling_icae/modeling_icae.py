@@ -848,10 +848,12 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         return ids, parts
 
     def _check_generation(self, config: GenerationConfig, kwargs: dict[str, Any], task: str) -> None:
-        if config.use_cache is False or config.prefill_chunk_size is not None:
+        other_cache = config.cache_implementation not in (None, "hybrid")  # transformers unsets "hybrid" itself
+        if config.use_cache is False or config.prefill_chunk_size is not None or other_cache:
             raise ValueError(
-                "Expected `use_cache=True` and no `prefill_chunk_size`, because the slots live in the cache, got "
-                f"{config.use_cache} and {config.prefill_chunk_size}; leave both out."
+                "Expected `use_cache=True`, no `prefill_chunk_size` and no `cache_implementation`, because the slots "
+                f"live in the cache, got {config.use_cache}, {config.prefill_chunk_size} and "
+                f"{config.cache_implementation}; leave all three out."
             )
         guesses = config.prompt_lookup_num_tokens is not None or kwargs.get("assistant_model") is not None
         if guesses and task != "instruction":

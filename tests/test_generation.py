@@ -267,6 +267,12 @@ def test_a_base_that_was_saved_without_a_cache_answers(make_icae):
         model.generate(CONTEXTS, PROMPTS, use_cache=False, **GREEDY)
 
 
+@pytest.mark.parametrize("name", ["static", "dynamic", "quantized"])
+def test_another_cache_than_that_of_the_slots_is_refused(model, name):
+    with pytest.raises(ValueError, match=f"no `cache_implementation`, .* and {name}; leave"):
+        model.generate(CONTEXTS, PROMPTS, cache_implementation=name, **GREEDY)
+
+
 def test_a_streamer_that_fails_leaves_the_model_as_it_was(model):
     class Broken(TextStreamer):
         def put(self, value):
