@@ -23,7 +23,7 @@ Measured are token F1 and exact match (SQuAD), ROUGE, and the loss of the refere
 are taken over the rows of a source first, then over sources. Intervals hold 95% of 2,000 bootstrap draws of rows
 within each source; all readers share the draws, so that the share of the full context's F1 is compared row by row.
 There are none for one row of each source. `icae_minus` holds the mean differences of each source, `icae` minus each
-other reader: above 0 is better for F1 and worse for loss.
+other reader, in F1, loss and, where references are long, ROUGE-L: above 0 is better for the scores and worse for loss.
 
 `--repetition-penalty` makes less likely what an answer itself has said, for all readers alike, since a small base that
 is decoded greedily loops. It takes an `--output` of its own, and `kvpress`, which answers by code of its own, cannot
@@ -56,7 +56,7 @@ from icae.cli import load_model
 from icae.evaluation.answer_files import AnswerFile, Line, digest, forget_other_weights
 from icae.evaluation.arguments import command_line, evaluation_parser, parse, recorded
 from icae.evaluation.documents import batches
-from icae.evaluation.measures import ROUGE, mean, scores
+from icae.evaluation.measures import ROUGE, SHORT_ANSWERS, mean, scores
 from icae.evaluation.readers import (
     Reader,
     RetrievalReader,
@@ -72,7 +72,6 @@ from icae.modeling_icae import ICAEForConditionalGeneration
 from icae.modeling_icae.chat_icae import encode_contexts
 
 
-SHORT_ANSWERS = 10  # words; sources whose references are shorter on average count as short-answer sources
 QUICK = {"per_source": 1, "max_context_length": 256, "max_new_tokens": 16}
 READERS = (
     "icae",
@@ -156,7 +155,8 @@ def main(argv: list[str] | None = None) -> None:
         answers[reader.name] = AnswerFile(file, made_from)
         fill(answers[reader.name], reader.make, rows, arguments.max_new_tokens, arguments.batch_size)
     measured = {name: measure(file.rows, rows) for name, file in answers.items()}
-    summary = summarize(measured, rows)
+    long = long_sources(rows)
+    summary = summarize(measured, long)
     record = {
         "what": "answers to held-out prompts",
         "unit": "intervals of 95%, bootstrap over the rows of each source",
@@ -170,7 +170,9 @@ def main(argv: list[str] | None = None) -> None:
         },
         "summary": summary,
         "by_source": {name: means(found) for name, found in measured.items()},
-        "icae_minus": {name: minus(measured["icae"], found) for name, found in measured.items() if name != "icae"},
+        "icae_minus": {
+            name: minus(measured["icae"], found, long) for name, found in measured.items() if name != "icae"
+        },
         "examples": examples(answers, rows),
     }
     if arguments.tuned and "full context, tuned" in answers:
@@ -367,12 +369,23 @@ def means(values: dict[str, BySource]) -> dict[str, dict[str, float]]:
     }
 
 
-def minus(one: dict[str, BySource], other: dict[str, BySource]) -> dict[str, dict[str, Any]]:
-    """Mean F1 and loss of one reader minus another's in each source; intervals where a source has several rows."""
+def long_sources(rows: list[Row]) -> set[str]:
+    """Sources whose references are long on average."""
+    words: dict[str, list[int]] = defaultdict(list)
+    for row in rows:
+        words[row["source"]].append(len(row["response"].split()))
+    return {source for source, counts in words.items() if mean(counts) >= SHORT_ANSWERS}
+
+
+def minus(one: dict[str, BySource], other: dict[str, BySource], long: set[str]) -> dict[str, dict[str, Any]]:
+    """
+    Mean F1, loss and, of the sources of long answers, ROUGE-L of one reader minus another's in each source; intervals
+    where a source has several rows.
+    """
     found: dict[str, dict[str, Any]] = {}
     for source in sorted(one["f1"]):
         found[source] = {}
-        for name in ("f1", "loss"):
+        for name in ("f1", "loss", "rougeL") if source in long else ("f1", "loss"):
             differences = np.subtract(one[name][source], other[name][source]).tolist()  # row by row
             found[source][name] = mean(differences)
             if len(differences) > 1:
@@ -381,16 +394,13 @@ def minus(one: dict[str, BySource], other: dict[str, BySource]) -> dict[str, dic
     return found
 
 
-def summarize(measured: dict[str, dict[str, BySource]], rows: list[Row]) -> dict[str, dict[str, Any]]:
+def summarize(measured: dict[str, dict[str, BySource]], long: set[str]) -> dict[str, dict[str, Any]]:
     """
-    Means over sources: loss and F1 of all, exact match of short-answer sources, ROUGE of the others; and of F1, its
-    interval and its share of the full context's.
+    Means over sources: loss and F1 of all, exact match of short-answer sources, ROUGE of the `long` ones; and of F1,
+    its interval and its share of the full context's.
     """
-    words: dict[str, list[int]] = defaultdict(list)
-    for row in rows:
-        words[row["source"]].append(len(row["response"].split()))
-    short = {source for source, counts in words.items() if mean(counts) < SHORT_ANSWERS}
-    everything, long = set(words), set(words) - short
+    counts = {source: len(found) for source, found in measured["full context"]["f1"].items()}
+    everything, short = set(counts), set(counts) - long
 
     def over(values: BySource, chosen: set[str]) -> float:
         return mean([mean(values[source]) for source in sorted(chosen)])
@@ -404,7 +414,7 @@ def summarize(measured: dict[str, dict[str, BySource]], rows: list[Row]) -> dict
             summary[name] |= {f"long_{key}": over(values[key], long) for key in ROUGE}
     draws = draw_means({name: values["f1"] for name, values in measured.items()})
     full, full_draws = summary["full context"]["f1"], draws["full context"]
-    intervals = len(rows) > len(everything)
+    intervals = sum(counts.values()) > len(everything)
     for name, row in summary.items():
         if intervals:
             row["f1_interval"] = _interval(draws[name])

@@ -10,6 +10,7 @@ import numpy as np
 
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
+SHORT_ANSWERS = 10  # words; sources whose references are shorter on average count as short-answer sources
 
 
 def normalize(text: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from icae.evaluation.aims import RUNS
+from icae.evaluation.measures import SHORT_ANSWERS
 
 
 Record = dict[str, Any]
@@ -162,17 +163,25 @@ def by_source(record: Record) -> str:
 
 
 def icae_minus(record: Record) -> str:
-    """Token F1 and loss from slots minus those from other things, source by source."""
+    """Token F1, ROUGE-L and loss from slots minus those from other things, source by source."""
     others, sources = record["icae_minus"], record["by_source"]["icae"]
+    shown = [_differences(head, measure, others, sources) for head, (measure, _) in _measures(record).items()]
+    tables = "\n\n".join(shown)
     return f"""\
 Each source's mean from slots, and that mean minus the one of each other reader: above 0 is better for token F1
-and worse for the loss of the reference. Intervals hold 95%, each for itself: by chance alone, one of twenty would miss
-a true difference of 0. A source with one row has none.
+and ROUGE-L (of sources whose references have {SHORT_ANSWERS} words or more on average) and worse for the loss of the
+reference. Intervals hold 95%, each for itself: by chance alone, one of twenty would miss a true difference of 0. A
+source with one row has none.
 
-{_differences("token F1", "f1", others, sources)}
-
-{_differences("loss of the reference", "loss", others, sources)}
+{tables}
 """
+
+
+def _measures(record: Record) -> dict[str, tuple[str, int]]:
+    """What differences are of, and whether more (1) or less (-1) of it is better; ROUGE-L if any answers are long."""
+    (first, *_) = record["icae_minus"].values()
+    measures = {"token F1": ("f1", 1), "ROUGE-L": ("rougeL", 1), "loss": ("loss", -1)}
+    return {head: one for head, one in measures.items() if any(one[0] in found for found in first.values())}
 
 
 def _differences(head: str, measure: str, others: Record, sources: Record) -> str:
@@ -182,6 +191,7 @@ def _differences(head: str, measure: str, others: Record, sources: Record) -> st
     rows = [
         [source, str(row["rows"]), f"{row[measure]:.2f}", *(cell(found[source]) for found in others.values())]
         for source, row in sources.items()
+        if all(measure in found[source] for found in others.values())
     ]
     return table([head, "rows", "icae", *(f"icae − {name}" for name in others)], rows)
 
@@ -189,23 +199,29 @@ def _differences(head: str, measure: str, others: Record, sources: Record) -> st
 def better_and_worse(record: Record, name: str = "answers_by_source") -> str:
     """On how many sources slots are better than other things, and on which they are worse."""
     penalty = record["arguments"].get("repetition_penalty", 1)  # which losses know nothing of
-    measures = {"f1": 1, "loss": -1} if penalty == 1 else {"f1": 1}
+    measures = _measures(record)
+    if penalty != 1:
+        del measures["loss"]
     rows = []
     for other, sources in record["icae_minus"].items():
         row = [other]
-        for measure, sign in measures.items():
-            better = [source for source, found in sources.items() if sign * found[measure] > 0]
-            worse = [source for source, found in sources.items() if sign * found[measure] < 0]
-            sure = {source for source, found in sources.items() if _excludes_zero(found.get(f"{measure}_interval"))}
-            row.append(f"{len(better)} of {len(sources)}, {len(sure.intersection(better))} surely")
+        for measure, sign in measures.values():
+            measured = {source: found for source, found in sources.items() if measure in found}
+            better = [source for source, found in measured.items() if sign * found[measure] > 0]
+            worse = [source for source, found in measured.items() if sign * found[measure] < 0]
+            sure = {source for source, found in measured.items() if _excludes_zero(found.get(f"{measure}_interval"))}
+            row.append(f"{len(better)} of {len(measured)}, {len(sure.intersection(better))} surely")
             row.append(", ".join(f"**{source}**" if source in sure else source for source in worse) or "–")
         rows.append(row)
-    head = ["icae against", "token F1 better", "worse", "loss better", "worse"][: 1 + 2 * len(measures)]
+    head = ["icae against", *(word for name in measures for word in (f"{name} better", "worse"))]
     rows_each = record["arguments"]["per_source"]
     title = f"**Source by source**, {record['rows']} held-out prompts, at most {rows_each} of each source"
     if penalty != 1:
         title = f"**With a repetition penalty** of {penalty} on what an answer itself has said, for all readers"
-    surely = "Surely, and in bold: the interval of the difference, which holds 95%, does not hold 0.\n"
+    surely = f"""\
+ROUGE-L is of the sources whose references have {SHORT_ANSWERS} words or more on average.
+Surely, and in bold: the interval of the difference, which holds 95%, does not hold 0.
+"""
     means = [f"{who} {with_interval(row['f1'], row.get('f1_interval'))}" for who, row in record["summary"].items()]
     return f"""\
 {title}

@@ -10,7 +10,7 @@ from icae import ICAEForConditionalGeneration
 from icae.cli import main
 from icae.evaluation import answers
 from icae.evaluation.answer_files import AnswerFile, append_lines, read_lines
-from icae.evaluation.answers import choose_rows, draw_means, fill, measure, minus, summarize
+from icae.evaluation.answers import choose_rows, draw_means, fill, long_sources, measure, minus, summarize
 from icae.evaluation.readers import (
     RetrievalReader,
     SlotReader,
@@ -222,6 +222,8 @@ def test_some_readers_answer_alone(saved):
     assert "--readers icae 'no context' 'full context'" in record["made_by"]["command"]
     assert set(record["icae_minus"]) == {"full context", "no context"}
     means = {name: found["long"]["loss"] for name, found in record["by_source"].items()}
+    assert "rougeL" in record["icae_minus"]["no context"]["long"]
+    assert "rougeL" not in record["icae_minus"]["no context"]["short"]
     difference = record["icae_minus"]["no context"]["long"]["loss"]
     assert difference == pytest.approx(means["icae"] - means["no context"]) and difference != 0
 
@@ -330,7 +332,7 @@ def test_the_share_of_the_full_context_has_an_interval_of_its_own(rows):
         return measure(lines, rows)
 
     measured = {"full context": answered(["the sea", "a sea"]), "icae": answered(["sea", "red"])}
-    summary = summarize(measured, rows)
+    summary = summarize(measured, long_sources(rows))
     assert summary["full context"]["f1_share_interval"] == [1, 1]
     assert summary["full context"]["f1"] == 1 and summary["full context"]["short_exact_match"] == 1
     low, high = summary["icae"]["f1_share_interval"]
@@ -342,7 +344,9 @@ def test_differences_are_the_icae_minus_the_other_with_intervals_of_few_rows():
     losses = [0.2, 0.4, 0.6, 0.8]
     mine = {"f1": {"s": [0.5] * 4, "t": [0.5]}, "loss": {"s": losses, "t": [1.0]}}
     its = {"f1": {"s": [0.4] * 4, "t": [0.7]}, "loss": {"s": [1.0] * 4, "t": [1.0]}}
-    found = minus(mine, its)
+    mine["rougeL"], its["rougeL"] = {"s": [0.5] * 4, "t": [0.5]}, {"s": [0.25] * 4, "t": [0.5]}
+    found = minus(mine, its, {"s"})
+    assert found["s"]["rougeL"] == 0.25 and found["s"]["rougeL_interval"] == [0.25, 0.25]
     assert found["s"]["f1"] == pytest.approx(0.1) and found["s"]["f1_interval"] == pytest.approx([0.1, 0.1])
     assert found["t"] == {"f1": pytest.approx(-0.2), "loss": 0}
     assert found["s"]["loss"] == pytest.approx(-0.5)
@@ -353,7 +357,7 @@ def test_differences_are_the_icae_minus_the_other_with_intervals_of_few_rows():
 
 def test_a_full_context_that_answers_nothing_right_has_no_shares(rows):
     lines = {row["row"]: {"row": row["row"], "loss": 1.0, "answer": "wrong"} for row in rows}
-    summary = summarize({"full context": measure(lines, rows)}, rows)
+    summary = summarize({"full context": measure(lines, rows)}, long_sources(rows))
     assert "f1_share_of_full_context" not in summary["full context"]
 
 

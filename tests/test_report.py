@@ -128,6 +128,11 @@ def test_differences_from_the_icae_are_shown_with_their_sign_and_interval(result
     record["icae_minus"]["no context"]["one"] = {"f1": -0.125, "f1_interval": [-0.5, -0.001], "loss": 0.5}
     shown = tables.icae_minus(record)
     assert "-0.12 [-0.50, +0.00]" in shown and "| +0.50 |" in shown
+    assert "| ROUGE-L |" not in shown  # no source has long answers
+    for sources in record["icae_minus"].values():
+        sources["two"] |= {"rougeL": 0.375}
+    rouge = tables.icae_minus(record).split("| ROUGE-L |")[1].split("| loss |")[0]
+    assert "| +0.38 |" in rouge and "| two |" in rouge and "| one |" not in rouge
 
 
 def test_sources_are_counted_where_slots_are_better_and_named_where_they_are_worse(results):
@@ -141,10 +146,13 @@ def test_sources_are_counted_where_slots_are_better_and_named_where_they_are_wor
     shown = tables.better_and_worse(record)
     assert "| no context | 1 of 2, 1 surely | two | 0 of 2, 0 surely | **one**, two |" in shown
     assert f"Token F1, the mean over sources: icae {record['summary']['icae']['f1']:.2f} [" in shown
+    record["icae_minus"]["no context"]["two"] |= {"rougeL": 0.1, "rougeL_interval": [0.05, 0.2]}
+    shown = tables.better_and_worse(record)
+    assert "| no context | 1 of 2, 1 surely | two | 1 of 1, 1 surely | – | 0 of 2, 0 surely | **one**, two |" in shown
     record["arguments"]["repetition_penalty"] = 1.15
     shown = tables.better_and_worse(record, "penalised")
     assert "repetition penalty** of 1.15" in shown and "(results/penalised.json)" in shown
-    assert "| no context | 1 of 2, 1 surely | two |\n" in shown  # losses are the same with it
+    assert "| no context | 1 of 2, 1 surely | two | 1 of 1, 1 surely | – |\n" in shown  # losses are the same with it
 
 
 def test_the_readme_has_the_same_tables(written, results):
