@@ -93,14 +93,26 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
 
 
 def encode_contexts(tokenizer: PreTrainedTokenizerBase, context: str | list[str]) -> list[list[int]]:
-    """Token ids of the contexts of one row; all but the first have a blank line in front."""
-    first, *others = [context] if isinstance(context, str) else context
-    return encode_plain(tokenizer, [first, *(f"\n\n{text}" for text in others)])
+    """
+    Token ids of the contexts of one row; all but the first have a blank line in front, if they are not empty.
+
+    Raises:
+        `ValueError`: if one is no text.
+    """
+    contexts = [context] if isinstance(context, str) else context
+    for text in contexts:
+        if not isinstance(text, str):
+            raise ValueError(f"Expected a context as a text or a list of texts, got {text!r} for one.")
+    first, *others = contexts
+    return encode_plain(tokenizer, [first, *("\n\n" * bool(text) + text for text in others)])
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> list[int]:
     """Token ids of all that stands between the memory and the answer. A prompt is a text or a conversation."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    for message in messages:
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"Expected messages with a text as their content, got {message!r}.")
     _, *pieces = chat_pieces(tokenizer, messages)
     control = tokenizer(pieces, add_special_tokens=False)["input_ids"]
     ids = list(control[0])

@@ -88,33 +88,24 @@ class ICAEMemory:
         """One memory per row, without padding."""
         return [self[index] for index in range(len(self))]
 
-    def __getitem__(self, index: int | slice | Sequence[int] | torch.Tensor) -> "ICAEMemory":
+    def __getitem__(self, index: int | slice | Iterable[int]) -> "ICAEMemory":
         """The rows at `index` (numbers, a slice, or a mask of booleans, one per row), in that order."""
-        if isinstance(index, slice):
-            index = range(len(self))[index]
-        elif isinstance(index, torch.Tensor):
-            index = index.reshape(-1).tolist()
-        elif not isinstance(index, Sequence):
+        if not isinstance(index, slice | Iterable):
             index = [operator.index(index)]
-        index = list(index)
-        if index and all(isinstance(chosen, bool) for chosen in index):
-            if len(index) != len(self):
-                raise ValueError(f"Expected a mask of {len(self)} booleans, one per row, got {len(index)}.")
-            index = [row for row, chosen in enumerate(index) if chosen]
-        index = [range(len(self))[row] for row in index]
-        if not index:
-            raise ValueError(f"Expected at least one row of this memory of {len(self)} rows, got none.")
+        index = _chosen(index, len(self), "row")
         spans = [self.spans[row] for row in index]
         width = max(sum(slots for slots, _ in row) for row in spans)
         return replace(self, slots=self.slots[index, :width], positions=self.positions[index, :width], spans=spans)
 
     def select_spans(self, index: slice | Iterable[int]) -> "ICAEMemory":
-        """Only the spans at `index` of every row, for example `slice(0, 2)` for the first two."""
+        """
+        Only the spans at `index` of every row (numbers, a slice, or a mask of booleans, one per span), for example
+        `slice(0, 2)` for the first two.
+        """
+        index = index if isinstance(index, slice) else list(index)
         parts = []
         for row in self.rows():
-            chosen = list(range(len(row.spans[0])))[index] if isinstance(index, slice) else list(index)
-            if not chosen:
-                raise ValueError(f"Expected `index` to choose spans of a row of {len(row.spans[0])} spans, got none.")
+            chosen = _chosen(index, len(row.spans[0]), "span")
             ends = torch.tensor([slots for slots, _ in row.spans[0]]).cumsum(0).tolist()
             keep = [slot for span in chosen for slot in range(ends[span] - row.spans[0][span][0], ends[span])]
             spans = [[row.spans[0][span] for span in chosen]]
@@ -213,6 +204,22 @@ class ICAEMemory:
         memory = cls(**tensors, **content)
         memory.check_finite()
         return memory
+
+
+def _chosen(index: slice | Iterable, count: int, what: str) -> list[int]:
+    """Which of `count` rows or spans are chosen: numbers, a slice, or a mask of booleans."""
+    if isinstance(index, slice):
+        chosen = list(range(count))[index]
+    else:
+        chosen = torch.as_tensor(index if isinstance(index, torch.Tensor) else list(index)).reshape(-1).tolist()
+        if chosen and all(isinstance(one, bool) for one in chosen):
+            if len(chosen) != count:
+                raise ValueError(f"Expected a mask of {count} booleans, one per {what}, got {len(chosen)}.")
+            chosen = [number for number, is_chosen in enumerate(chosen) if is_chosen]
+        chosen = [range(count)[operator.index(one)] for one in chosen]
+    if not chosen:
+        raise ValueError(f"Expected at least one {what} of the {count}, got none.")
+    return chosen
 
 
 def _check_same_model(memories: Sequence[ICAEMemory]) -> None:

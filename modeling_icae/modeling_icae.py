@@ -13,6 +13,7 @@ T tokens of the decoder's text, H hidden size, V vocabulary.
 """
 
 import copy
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,8 @@ from .pretrained_icae import ICAEPreTrainedModel, check_dtype
 # The likeliest token at each step. The generation_config of some bases (Qwen2.5's) samples and makes repetitions less
 # likely, and a text that repeats itself could not be written out.
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+
+MADE_HERE = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values")
 
 
 @dataclass
@@ -210,9 +213,11 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         ids, parts = self._context_ids(context, attention_mask)
         if len(ids) != len(memory):
             raise ValueError(f"Expected one text per row of the memory ({len(memory)}), got {len(ids)}.")
-        is_cache = memory.memory_type == "key_values"  # else `concat` moves the new slots behind the others
-        offsets = (memory.end - 1).tolist() if is_cache else None
         memory = memory.to(ids.device)
+        is_cache = memory.memory_type == "key_values"  # else `concat` moves the new slots behind the others
+        last_slots = memory.positions.gather(1, memory.num_slots[:, None] - 1)[:, 0]
+        ends = memory.end - 1 if kwargs.get("window") is None else last_slots  # a window goes on where it is
+        offsets = ends.tolist() if is_cache else None
         return ICAEMemory.concat([memory, self._compress(ids, parts, **kwargs, offsets=offsets)])
 
     def _compress(
@@ -344,9 +349,10 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                     self._run(self._embed(prefix[None]), torch.ones_like(prefix)[None], prefix_positions[None], cache)
                 shapes = [(x.shape[1], x.shape[3]) for layer in cache.layers for x in (layer.keys, layer.values)]
                 states = behind_prefix(_pack([(layer.keys, layer.values) for layer in cache.layers]), slots)
+                devices = [layer.keys.device for layer in cache.layers]  # with a `device_map`, several
                 cache = DynamicCache()
                 for index, (keys, values) in enumerate(_unpack(states, shapes)):
-                    cache.update(keys, values, index)
+                    cache.update(keys.to(devices[index]), values.to(devices[index]), index)
             else:
                 embeds = behind_prefix(self._embed(prefix[None]), slots)
                 self._run(embeds, mask, behind_prefix(prefix_positions[None], positions), cache)
@@ -666,7 +672,8 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
 
         Raises:
             `ValueError`: if context and memory are both missing or both given, if a prompt is missing, if the memory
-            is another model's or holds NaN, or if there are too many tokens for the base's positions.
+            is another model's or holds NaN, or if there are too many tokens for the base's positions. (Without
+            `max_new_tokens`, answers end where the positions do.)
         """
         if (context is None) == (memory is None):
             raise ValueError(
@@ -680,11 +687,18 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                 f"Expected {'a' if prompt is None else 'no'} `prompt` for the task {task!r}, got {prompt!r}; use "
                 "`task='autoencoding'` or `reconstruct` to read a memory back without one."
             )
+        if made_here := [name for name in MADE_HERE if name in kwargs]:
+            raise ValueError(
+                f"Expected no `{made_here[0]}`, which is made of memory and prompt, got one; for padded ids, "
+                "`memory=model.compress(ids, attention_mask)`."
+            )
         if memory is None:
             memory = self.compress(context)  # type: ignore[arg-type]  # one of the two is given
         self._check_memory(memory)
 
         options, generation_config = kwargs, copy.deepcopy(generation_config or self.generation_config)
+        # What a given configuration leaves open is the model's, as it is in transformers' own generate.
+        generation_config.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
         kwargs = generation_config.update(**kwargs)
         self._check_generation(generation_config, kwargs, task)
         if generation_config.stop_strings is not None:
@@ -694,6 +708,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         if task == "instruction":
             prompts = _as_prompts(prompt)
             ids, mask = _pad_left(self.encode_prompts(prompts), device=end.device)
+            new_tokens = _answer_length(generation_config, ids.shape[1])
             rows = max(len(memory), len(prompts))
             if {len(memory), len(prompts)} - {1, rows}:
                 raise ValueError(
@@ -701,20 +716,25 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                     f"{len(memory)} contexts."
                 )
             columns = memory_mask.shape[1] + ids.shape[1]
-            if not mask.all() and self._leaves_window(columns, generation_config.max_new_tokens):
+            if not mask.all() and self._leaves_window(columns + new_tokens):
                 return self._generate_apart(memory, prompts, generation_config, options)
             cache.batch_repeat_interleave(rows // len(memory))
             memory_mask, end = memory_mask.expand(rows, -1), end.expand(rows)
             ids, mask = ids.expand(rows, -1), mask.expand(rows, -1)
             inputs = {"input_ids": ids}
         else:
+            new_tokens = _answer_length(generation_config, 0)
             embeds = self.task_embeddings[TASKS.index(task)]
             embeds = embeds.to(self.language_model.dtype).expand(len(memory), 1, -1)
             mask = memory_mask.new_ones(len(memory), 1)
             # generate() counts the cached part as a part of the embeddings and cuts it off again.
             inputs = {"inputs_embeds": F.pad(embeds, (0, 0, cache.get_seq_length(), 0))}
         positions = self._text_start(task, end)[:, None] + (mask.cumsum(dim=1) - 1).clamp(min=0)
-        self._check_positions(int(positions.max()) + (generation_config.max_new_tokens or 1) - 1)
+        last = int(positions.max())
+        if generation_config.max_new_tokens is None:  # a default or an upper bound, which the base's positions are too
+            new_tokens = max(1, min(new_tokens, self._num_positions - last))
+            generation_config.max_new_tokens, generation_config.max_length = new_tokens, None
+        self._check_positions(last + new_tokens - 1, task)
 
         # generate() repeats the text for beams and several sequences, but not a cache that was given.
         sequences = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
@@ -734,14 +754,14 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             return output
         return output[:, given:]
 
-    def _leaves_window(self, columns: int, new_tokens: int | None) -> bool:
+    def _leaves_window(self, columns: int) -> bool:
         """Whether a base with a sliding window loses sight of its first columns, so that padding would matter."""
         config = self.config.text_config
         window = getattr(config, "sliding_window", None)
         layers = getattr(config, "layer_types", None) or ["sliding_attention"]
         if window is None or "sliding_attention" not in layers:
             return False
-        return new_tokens is None or columns + new_tokens > window
+        return columns > window
 
     def _generate_apart(self, memory: ICAEMemory, prompts: list[str], generation_config, options) -> torch.Tensor:
         """Row by row: the padding between slots and shorter prompts would use up the window of the base."""
@@ -764,7 +784,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
     def reconstruct(self, memory: ICAEMemory | str | list[str] | torch.Tensor, **kwargs) -> list[str]:
         """
         Writes the compressed contexts out again: the autoencoding task (paper, section 2.2.1), greedy by default,
-        whatever the base's own generation_config says.
+        whatever the base's own generation_config says; one that is given counts.
 
         Args:
             memory ([`ICAEMemory`] or anything that [`~ICAEForConditionalGeneration.compress`] takes):
@@ -774,7 +794,11 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         """
         if not isinstance(memory, ICAEMemory):
             memory = self.compress(memory)
-        kwargs = GREEDY | {"max_new_tokens": int(memory.num_tokens.max()) + 1} | kwargs
+        given = kwargs.get("generation_config")
+        if given is None:
+            kwargs = GREEDY | kwargs
+        if given is None or given.max_new_tokens is None:
+            kwargs = {"max_new_tokens": int(memory.num_tokens.max()) + 1} | kwargs
         output = self.generate(memory=memory, task="autoencoding", **kwargs)
         ids = output.sequences if isinstance(output, ModelOutput) else output
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -806,6 +830,13 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
     def _context_ids(self, context, attention_mask=None) -> tuple[torch.Tensor, list[list[int]]]:
         """Token ids of contexts, `(B, S)` with padding on the right, and the lengths of each row's contexts."""
         device = self.memory_embeddings.device
+        tensors = isinstance(context, torch.Tensor) and isinstance(attention_mask, torch.Tensor)
+        if attention_mask is not None and not tensors:
+            raise ValueError(
+                "Expected `attention_mask` as a tensor beside a tensor of ids, got "
+                f"{type(attention_mask).__name__} and {type(context).__name__}; let the tokenizer return tensors "
+                '(`return_tensors="pt"`), or give lists of ids without padding and no mask.'
+            )
         if isinstance(context, torch.Tensor):
             if context.dim() != 2 or context.dtype not in (torch.int64, torch.int32):
                 raise ValueError(
@@ -878,12 +909,18 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             )
         memory.check_finite()
 
-    def _check_positions(self, last: int) -> None:
-        limit = getattr(self.config.text_config, "max_position_embeddings", None)
-        if limit is not None and last >= limit:
+    @property
+    def _num_positions(self) -> int:
+        return getattr(self.config.text_config, "max_position_embeddings", None) or sys.maxsize
+
+    def _check_positions(self, last: int, task: str = "instruction") -> None:
+        if last >= self._num_positions:
+            what, advice = "context and prompt", "`compress(..., window=…)` takes longer documents"
+            if task == "autoencoding":
+                what, advice = "text to write out", "`memory.select_spans` gives a part of a memory"
             raise ValueError(
-                f"Expected at most {limit - 1} tokens of context and prompt, which is what the base has positions "
-                f"for, got {last}; `compress(..., window=…)` takes longer documents."
+                f"Expected at most {self._num_positions - 1} tokens of {what}, which is what the base has positions "
+                f"for, got {last}; {advice}."
             )
 
 
@@ -909,6 +946,20 @@ def _as_prompts(prompt: Any) -> list[Any]:
     return list(prompts)
 
 
+def _answer_length(config: GenerationConfig, prompt_length: int) -> int:
+    """How many tokens to write at most; of `max_length`, the prompt is a part, as in transformers."""
+    if config.max_new_tokens is not None:
+        return config.max_new_tokens
+    if config.max_length is None:
+        return 20  # transformers' default
+    if config.max_length <= prompt_length:
+        raise ValueError(
+            f"Expected a `max_length` above the {prompt_length} tokens of the prompt, got {config.max_length}; "
+            "`max_new_tokens` counts the answer alone."
+        )
+    return config.max_length - prompt_length
+
+
 def _left_justify(ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Moves the padding of each row to the right."""
     if mask is None:
@@ -930,8 +981,9 @@ def _pad_left(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _pack(layers: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """Keys and values of all layers, each `(B, heads, K, head size)`, as one tensor `(B, K, D)`."""
-    return torch.cat([states.transpose(1, 2).flatten(2) for layer in layers for states in layer], dim=-1)
+    """Keys and values of all layers, each `(B, heads, K, head size)`, as one `(B, K, D)` where the first are."""
+    device = layers[0][0].device
+    return torch.cat([states.transpose(1, 2).flatten(2).to(device) for layer in layers for states in layer], dim=-1)
 
 
 def _unpack(slots: torch.Tensor, shapes: list[tuple[int, int]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

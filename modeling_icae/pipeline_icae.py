@@ -2,9 +2,10 @@
 """The pipeline task `icae-context-generation`: answers to prompts about contexts or memories."""
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
-from transformers import AutoModel, GenerationConfig, Pipeline
+from transformers import AutoModel, AutoTokenizer, GenerationConfig, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .memory_icae import ICAEMemory
@@ -20,7 +21,7 @@ class ICAEContextGenerationPipeline(Pipeline):
     An input is a dict with `prompt` — a text, a conversation, or a list of texts that are all asked about the same
     context — and either `context` (a text, or a list of texts, each compressed apart) or `memory` (an
     [`ICAEMemory`] of one row). A bare context goes with `prompt=`, which also is the default for dicts without one.
-    Lists, generators and data sets of inputs are answered in batches of `batch_size`.
+    Lists, generators and data sets of inputs are answered in batches of `batch_size`; all but lists give an iterator.
 
     The output for one input is a list of `{"generated_text": …}`, one per `num_return_sequences`; for a list of
     prompts it is a list of such lists. All of generate's arguments can be given, here or at each call.
@@ -45,8 +46,13 @@ class ICAEContextGenerationPipeline(Pipeline):
 
     def __init__(self, model, tokenizer=None, **kwargs):
         if tokenizer is not None:
-            model.tokenizer = tokenizer
+            model.tokenizer = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
         super().__init__(model=model, tokenizer=model.tokenizer, **kwargs)
+
+    def __call__(self, inputs, **kwargs):
+        if isinstance(inputs, Iterable) and not isinstance(inputs, str | dict | list | tuple):
+            inputs = (row for row in inputs)  # of all that can be read row by row, Pipeline knows generators
+        return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(self, prompt=None, **generate_kwargs):
         return ({} if prompt is None else {"prompt": prompt}), generate_kwargs, {}

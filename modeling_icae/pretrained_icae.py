@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +15,7 @@ from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +58,8 @@ CUSTOM_PIPELINES = {
         "type": "text",
     }
 }
+# A model has one adapter, which is either on or off. (A lock in the model itself could not be copied or pickled.)
+_SWITCHES: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 AUTO_KWARGS = ("_from_auto", "_from_pipeline", "adapter_kwargs", "code_revision", "_commit_hash", "trust_remote_code")
 
 
@@ -453,16 +457,20 @@ class ICAEPreTrainedModel(PreTrainedModel):
 
     @contextmanager
     def adapter(self, enabled: bool) -> Iterator[None]:
-        """Switches the encoder's adapter on or off for a block, and back whatever happens in it."""
-        before = [layer._disable_adapters for layer in self._lora_layers]
-        # Only the flag: PEFT's `disable_adapters()` also flips requires_grad, which would lose the gradients.
-        for layer in self._lora_layers:
-            layer._disable_adapters = not enabled
-        try:
-            yield
-        finally:
-            for layer, disabled in zip(self._lora_layers, before, strict=True):
-                layer._disable_adapters = disabled
+        """
+        Switches the encoder's adapter on or off for a block, and back whatever happens in it. Other threads that want
+        to switch it wait for the end of the block.
+        """
+        with _SWITCHES.setdefault(self, threading.RLock()):
+            before = [layer._disable_adapters for layer in self._lora_layers]
+            # Only the flag: PEFT's `disable_adapters()` also flips requires_grad, which would lose the gradients.
+            for layer in self._lora_layers:
+                layer._disable_adapters = not enabled
+            try:
+                yield
+            finally:
+                for layer, disabled in zip(self._lora_layers, before, strict=True):
+                    layer._disable_adapters = disabled
 
     @property
     def adapter_enabled(self) -> bool:

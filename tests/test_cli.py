@@ -46,9 +46,37 @@ def test_a_text_is_compressed_and_reconstructed_in_one_go(options, expected, tmp
 
 
 def test_standard_input_is_a_text(options, expected, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(TEXT))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode()), encoding="ascii"))
     assert main(["reconstruct", "-", *options]) == 0
     assert capsys.readouterr().out == expected + "\n"
+
+
+def test_an_empty_context_among_several_is_refused(options, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "empty.txt").write_text("")
+    files = [str(tmp_path / name) for name in ("text.txt", "empty.txt")]
+    assert main(["ask", *options, "--prompt", "Who?", "--context", *files]) == 2
+    assert "Expected contexts of at least one token, got an empty one in row 0" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_memory_file_is_looked_for_first(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert main(["compress", str(tmp_path / "text.txt"), "-o", str(tmp_path / "none" / "x.safetensors")]) == 2
+    assert "Expected a folder for the memory file, found no" in capsys.readouterr().err
+
+
+def test_an_interrupt_at_a_prompt_ends_without_a_traceback(options, tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    (tmp_path / "text.txt").write_text(TEXT)
+    monkeypatch.setattr("builtins.input", interrupted)
+    assert main(["ask", *options, "--context", str(tmp_path / "text.txt")]) == 130
+
+
+def test_a_demo_of_no_passages_is_refused(options, capsys):
+    assert main(["demo", "--max-passages", "0", *options]) == 2
+    assert "Expected at least one of the passages to show, got `max_passages` 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

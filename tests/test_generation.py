@@ -1,4 +1,6 @@
 import io
+import logging
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 
 import pytest
@@ -317,3 +319,76 @@ def test_prompt_lookup_without_a_prompt_finds_the_same_text_or_is_refused(make_i
 def test_reconstruct_returns_texts_whatever_generate_returns(model):
     texts = model.reconstruct(CONTEXTS, max_new_tokens=6)
     assert model.reconstruct(CONTEXTS, max_new_tokens=6, return_dict_in_generate=True) == texts
+
+
+def test_threads_that_compress_and_answer_do_not_disturb_each_other(model):
+    memory, texts = model.compress(CONTEXTS), [CONTEXTS[0] * count for count in (1, 2, 3)]
+    expected = [model.compress(text).slots for text in texts]
+    answers = model.generate(memory=memory, prompt=PROMPTS, **GREEDY)
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(model.generate, memory=memory, prompt=PROMPTS, **GREEDY) for _ in range(6)]
+        compressed = [pool.submit(model.compress, text) for _ in range(6) for text in texts]
+    assert all(torch.equal(found.result(), answers) for found in asked)
+    assert all(torch.equal(found.result().slots, expected[i % 3]) for i, found in enumerate(compressed))
+    assert not model.adapter_enabled
+
+
+@pytest.mark.parametrize("task", ["instruction", "autoencoding"])
+def test_what_a_generation_config_leaves_open_is_the_model_s(model, task):
+    prompt = PROMPTS[0] if task == "instruction" else None
+    first = int(model.generate(CONTEXTS[0], prompt, task=task, **GREEDY)[0, 0])
+    model.generation_config.eos_token_id = [*model.end_token_ids, first]
+    config = GenerationConfig(max_new_tokens=6, do_sample=False)
+    assert model.generate(CONTEXTS[0], prompt, task=task, generation_config=config).tolist() == [[first]]
+
+
+def test_reconstruct_takes_what_a_generation_config_says(model):
+    expected = model.reconstruct(CONTEXTS[0], max_new_tokens=3)
+    config = GenerationConfig(max_new_tokens=3)
+    assert model.reconstruct(CONTEXTS[0], generation_config=config) == expected
+    as_long_as_the_text = model.reconstruct(CONTEXTS[0], generation_config=GenerationConfig(do_sample=False))
+    assert as_long_as_the_text == model.reconstruct(CONTEXTS[0])
+    sampled = GenerationConfig(max_new_tokens=12, do_sample=True, num_return_sequences=3)
+    torch.manual_seed(0)
+    assert len(model.reconstruct(CONTEXTS[0], generation_config=sampled)) == 3
+
+
+def test_of_max_length_the_prompt_is_a_part(model, caplog):
+    width = len(model.encode_prompts([PROMPTS[0]])[0])
+    never_ends = {"do_sample": False, "suppress_tokens": [0, 1, 2, 3, 4]}
+    with caplog.at_level(logging.WARNING):
+        found = model.generate(CONTEXTS[0], PROMPTS[0], max_length=width + 5, **never_ends)
+    assert found.shape == (1, 5) and not caplog.records
+    assert model.generate(CONTEXTS[0], task="continuation", max_length=5, **never_ends).shape == (1, 5)
+    assert model.generate(CONTEXTS[0], PROMPTS[0], **never_ends).shape == (1, 20)
+    with pytest.raises(ValueError, match=f"Expected a `max_length` above the {width} tokens of the prompt, got 3"):
+        model.generate(CONTEXTS[0], PROMPTS[0], max_length=3)
+
+
+@pytest.mark.parametrize("length", [{}, {"max_length": 400}])
+def test_answers_of_no_given_length_end_where_the_positions_of_the_base_do(make_icae, length):
+    for family in ("gpt2", "llama"):
+        model = make_icae(family)
+        prompt, limit = [7, 8, 9], model.config.text_config.max_position_embeddings
+        memory = model.compress([5 + i % 40 for i in range(limit - 10)])
+        room = limit - int(memory.end) - len(prompt) + 1
+        options = {"do_sample": False, "suppress_tokens": [0, 1, 2, 3, 4], **length}
+        assert 1 <= room < 20
+        assert model.generate(memory=memory, prompt=prompt, **options).shape == (1, room)
+        with pytest.raises(ValueError, match=f"Expected at most {limit - 1} tokens of context and prompt"):
+            model.generate(memory=memory, prompt=prompt, max_new_tokens=room + 1)
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "input_ids", "past_key_values"])
+def test_what_generate_makes_itself_is_refused(model, name):
+    with pytest.raises(ValueError, match=f"Expected no `{name}`, which is made of memory and prompt, got one"):
+        model.generate(CONTEXTS[0], PROMPTS[0], **{name: torch.ones(1, 4, dtype=torch.long)})
+
+
+def test_a_mask_is_a_tensor_beside_a_tensor(model, tokenizer):
+    padded = tokenizer(CONTEXTS, padding=True)
+    with pytest.raises(ValueError, match="Expected `attention_mask` as a tensor beside a tensor of ids, got list and"):
+        model.compress(padded["input_ids"], padded["attention_mask"])
+    padded = tokenizer(CONTEXTS, padding=True, return_tensors="pt")
+    memory = model.compress(padded["input_ids"], padded["attention_mask"])
+    assert memory.num_tokens.tolist() == padded["attention_mask"].sum(dim=1).tolist()

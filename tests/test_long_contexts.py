@@ -81,6 +81,23 @@ def test_a_document_longer_than_the_base_s_positions_is_compressed_window_by_win
     assert model.generate(memory=memory, prompt="?", max_new_tokens=3).shape == (1, 3)
 
 
+def test_a_window_goes_on_where_it_was_when_text_is_added(make_icae):
+    model = make_icae()
+    ids = torch.randint(5, 100, (1, 128), generator=GENERATOR)
+    memory = model.extend(model.compress(ids[:, :96], window=64), ids[:, 96:], window=64)
+    same(memory, model.compress(ids, window=64))
+
+
+def test_what_does_not_fit_the_positions_is_written_out_in_parts(make_icae):
+    model = make_icae()
+    memory = model.compress(torch.randint(5, 100, (1, 1000), generator=GENERATOR), window=256)
+    with pytest.raises(
+        ValueError, match=r"Expected at most 511 tokens of text to write out.*`memory.select_spans`"
+    ):
+        model.reconstruct(memory)
+    assert len(model.reconstruct(memory.select_spans(slice(0, 4)))) == 1
+
+
 def test_slots_as_states_take_documents_of_any_length(make_icae):
     model = make_icae(memory_type="hidden_states", decoder_layout="sequential")
     memory = model.compress(torch.randint(5, 100, (1, 1500), generator=GENERATOR))

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -35,7 +36,7 @@ def test_rows_can_be_taken_by_number_slice_list_and_tensor(memory):
     assert memory[1].slots.shape[1] == 2, "a row alone has no padding"
     with pytest.raises(IndexError):
         memory[4]
-    with pytest.raises(ValueError, match="Expected at least one row of this memory of 4 rows, got none"):
+    with pytest.raises(ValueError, match="Expected at least one row of the 4, got none"):
         memory[4:]
 
 
@@ -75,6 +76,16 @@ def test_a_memory_is_four_times_smaller_than_the_cache_of_its_text(make_icae, ra
     cache = model.language_model(ragged[0], use_cache=True).past_key_values
     full = sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
     assert memory.nbytes == full // 4
+
+
+def test_spans_are_chosen_by_masks_as_rows_are(memory):
+    row = memory[0]
+    for mask in ([True, False, True], torch.tensor([True, False, True]), np.array([True, False, True])):
+        assert same(row.select_spans(mask), row.select_spans([0, 2]))
+    assert same(row.select_spans(np.array([2])), row.select_spans([2]))
+    assert same(memory[np.array([2, 0])], memory[[2, 0]])
+    with pytest.raises(ValueError, match="Expected a mask of 3 booleans, one per span, got 2"):
+        row.select_spans([True, False])
 
 
 def test_saving_and_loading_is_bit_exact(model, memory, tmp_path):
@@ -158,7 +169,7 @@ def test_parts_that_contradict_each_other_are_refused(memory):
         ICAEMemory(memory.slots, memory.positions, [[(4, 16)]], "", "key_values")
     with pytest.raises(ValueError, match="Expected `slots` of shape"):
         ICAEMemory(memory.slots[0], memory.positions, memory.spans, "", "key_values")
-    with pytest.raises(ValueError, match="Expected `index` to choose spans of a row of 3 spans, got none"):
+    with pytest.raises(ValueError, match="Expected at least one span of the 3, got none"):
         memory.select_spans(slice(5, 6))
 
 

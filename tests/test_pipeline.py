@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import TextIteratorStreamer, pipeline
 
 from icae import ICAEContextGenerationPipeline
@@ -55,6 +56,17 @@ def test_a_generator_is_read_as_it_is_needed(pipe):
     assert next(answers) == answer(pipe.model, QUESTIONS[0])
     assert len(read) < 3
     assert len(list(answers)) == 2
+
+
+def test_a_data_set_is_read_row_by_row(pipe):
+    rows = Dataset.from_list(QUESTIONS[:2])
+    assert list(pipe(rows, batch_size=2, **OPTIONS)) == [answer(pipe.model, question) for question in QUESTIONS[:2]]
+
+
+def test_a_tokenizer_may_be_named(pipe, tmp_path):
+    pipe.tokenizer.save_pretrained(tmp_path)
+    named = pipeline(TASK, model=pipe.model, tokenizer=str(tmp_path))
+    assert named(QUESTIONS[0], **OPTIONS) == answer(pipe.model, QUESTIONS[0])
 
 
 def test_a_memory_stands_for_its_context(pipe):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from icae.dtypes import DTYPES, resolve_dtype
 
@@ -47,9 +47,12 @@ def main(argv: list[str] | None = None) -> int:
 def _run(command) -> int:
     try:
         command()
-    except (ValueError, TypeError, ImportError, OSError) as error:
+    except (ValueError, TypeError, ImportError, OSError, SafetensorError) as error:
         print(f"icae: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
     return 0
 
 
@@ -139,13 +142,16 @@ def load_model(model: str | None, base: str | None, dtype: str, **options):
 
 def _read_text(name: str) -> str:
     try:
-        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()  # stdin knows the locale's code
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"Expected a text file in UTF-8, got {name!r} ({error}).") from error
 
 
 def _compress(arguments: argparse.Namespace) -> None:
     text = _read_text(arguments.text)
+    if not (folder := Path(arguments.output).parent).is_dir():
+        raise ValueError(f"Expected a folder for the memory file, found no {str(folder)!r}; make it first.")
     memory = load_model(arguments.model, arguments.base, arguments.dtype).compress(text)
     memory.save(arguments.output)
     print(

@@ -44,6 +44,8 @@ def run_demo(
     Raises:
         `RuntimeError`: if a memory reads differently after saving and loading.
     """
+    if max_passages is not None and max_passages < 1:
+        raise ValueError(f"Expected at least one of the passages to show, got `max_passages` {max_passages}.")
     passages = json.loads(files("icae").joinpath("data/passages.json").read_text(encoding="utf-8"))[:max_passages]
     results, memories = [], []
     for passage in passages:
