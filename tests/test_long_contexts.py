@@ -91,9 +91,7 @@ def test_a_window_goes_on_where_it_was_when_text_is_added(make_icae):
 def test_what_does_not_fit_the_positions_is_written_out_in_parts(make_icae):
     model = make_icae()
     memory = model.compress(torch.randint(5, 100, (1, 1000), generator=GENERATOR), window=256)
-    with pytest.raises(
-        ValueError, match=r"Expected at most 511 tokens of text to write out.*`memory.select_spans`"
-    ):
+    with pytest.raises(ValueError, match=r"Expected at most 511 tokens of text to write out.*`memory.select_spans`"):
         model.reconstruct(memory)
     assert len(model.reconstruct(memory.select_spans(slice(0, 4)))) == 1
 
