@@ -9,7 +9,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM
 
 from icae import ICAEForConditionalGeneration
@@ -30,6 +30,7 @@ CONTEXTS = [
     "The garden behind the wall had been empty for years.",
 ]
 PROMPTS = ["Who lives in Bergen?", "When does it leave?", "What does it become?", "Where is the garden?"]
+SENTENCE = "The lighthouse keeper had not spoken to anyone since October."
 RESPONSES = ["Ines", "ten to nine", "a red giant", "behind the wall"]
 TRIPLES = Dataset.from_dict({"context": CONTEXTS, "prompt": PROMPTS, "response": RESPONSES})
 
@@ -301,6 +302,53 @@ def test_an_empty_text_is_refused_with_its_row(make_icae, name):
         prepare_sft_dataset(data, make_icae())
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"response": ["one", "two"]}, r"Row 1: Expected a prompt and one response as texts, got .* and \['one'"),
+        ({"prompt": None}, "Row 1: Expected a prompt and one response as texts, got None and 'ten to nine'"),
+        ({"prompt": [{"role": "user", "content": None}]}, "Row 1: Expected messages with a text as their content"),
+        ({"context": ["one", None]}, "Row 1: Expected a context as a text or a list of texts, got None for one"),
+        ({"context": ["one", ""]}, "Expected a context of at least one letter, got none in row 1"),
+        ({"messages": None}, r"Row 1: Expected `messages` that end with the assistant's, got the roles \[\]"),
+    ],
+)
+def test_what_is_no_text_is_refused_with_its_row(make_icae, wrong, message):
+    def rows():
+        good = [dict(row) for row in TRIPLES]
+        if "messages" in wrong:
+            turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+            good = [{"context": row["context"], "messages": turns} for row in good]
+        good[1] |= wrong
+        yield from good
+
+    streamed = IterableDataset.from_generator(rows)  # where a column may hold several types
+    with pytest.raises(ValueError, match=message):
+        list(prepare_sft_dataset(streamed, make_icae()))
+
+
+def test_that_no_row_is_short_enough_is_said(make_icae):
+    with pytest.raises(ValueError, match="Expected rows to train on, got none but 4 of 4 rows, which are longer"):
+        prepare_sft_dataset(TRIPLES, make_icae(), max_context_length=10)
+
+
+@pytest.mark.parametrize("memory_type", ["key_values", "hidden_states"])
+def test_slots_that_have_positions_of_their_own_are_counted(make_icae, memory_type):
+    """Rows that fit can be trained on, up to the last position of the base."""
+    model = make_icae(memory_type=memory_type, encoder_layout="sequential", decoder_layout="sequential")
+    texts = {"context": ["x" * n for n in range(360, 500)], "prompt": ["?"] * 140, "response": ["y"] * 140}
+    kept = prepare_sft_dataset(Dataset.from_dict(texts), model)
+    assert len(kept) < 140
+    longest = DataCollatorForICAESFT()([kept[len(kept) - 1]])
+    assert model(**longest).loss.isfinite()
+
+
+def test_processes_share_the_work_and_change_nothing(make_icae):
+    model, how = make_icae(), {"pretraining_share": 0.5, "documents": TRIPLES.rename_column("context", "text")}
+    one, two = (prepare_sft_dataset(TRIPLES, model, **how, num_proc=number) for number in (None, 2))
+    assert samples(one) == samples(two)
+
+
 def test_missing_columns_are_named(make_icae):
     with pytest.raises(ValueError, match=r"Expected the columns .* got \['context', 'prompt'\]"):
         prepare_sft_dataset(TRIPLES.remove_columns("response"), make_icae())
@@ -430,6 +478,88 @@ def test_held_out_contexts_too_long_to_be_written_back_are_answered_only(make_tr
     assert "eval_ae_loss" not in logged and logged["eval_loss"] == pytest.approx(logged["eval_response_loss"])
 
 
+def test_triples_that_are_given_to_evaluate_are_prepared(make_trainer):
+    trainer = make_trainer()
+    expected = trainer.evaluate()["eval_loss"]
+    assert trainer.evaluate(TRIPLES)["eval_loss"] == expected
+    trainer.eval_dataset = None
+    with pytest.raises(ValueError, match="Expected an `eval_dataset`, here or when the trainer was made, got none"):
+        trainer.evaluate()
+
+
+def test_held_out_samples_without_prompts_are_not_asked(make_trainer, make_icae):
+    model = make_icae()
+    mixed = prepare_sft_dataset(TRIPLES, model, pretraining_share=0.5)
+    trainer = make_trainer(model=model, data=mixed, eval_generations=8)
+    assert "eval_f1" in trainer.evaluate()
+
+
+def test_held_out_answers_end_where_the_positions_of_the_base_do(make_trainer, make_icae):
+    texts = {"context": ["x" * 440, "y" * 430], "prompt": ["?", "?"], "response": ["z", "z"]}
+    trainer = make_trainer(data=Dataset.from_dict(texts), max_new_tokens=300, pretraining_share=0)
+    assert "eval_f1" in trainer.evaluate()
+
+
+def test_batches_of_one_context_have_no_control_and_a_warning(make_trainer, warnings_log):
+    trainer = make_trainer(per_device_eval_batch_size=1)
+    trainer.evaluate()
+    assert "eval_response_loss_other_text" not in trainer.state.log_history[-1]
+    assert "No losses with another text's slots: each batch of the `eval_dataset` has one context" in warnings_log.text
+
+
+def test_several_sets_to_evaluate_on_are_refused(make_icae, tmp_path):
+    args = ICAESFTConfig(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match=r"Expected one `eval_dataset`, got 2 by name \(a, b\)"):
+        ICAESFTTrainer(make_icae(), args, TRIPLES, {"a": TRIPLES, "b": TRIPLES})
+
+
+def test_several_devices_for_one_process_are_refused(make_icae, tmp_path):
+    args = ICAESFTConfig(output_dir=str(tmp_path), use_cpu=True)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="Expected one GPU for each process, got 2 for one: start it with"):
+        ICAESFTTrainer(make_icae(), args, TRIPLES)
+
+
+@pytest.mark.parametrize(
+    ("layout", "max_spans", "fits"),
+    [("uniform", 31, True), ("uniform", 32, False), ("sequential", 14, True), ("sequential", 15, False)],
+)
+def test_mixed_in_contexts_that_the_base_could_not_write_out_are_refused(
+    make_trainer, make_icae, layout, max_spans, fits
+):
+    """512 positions; a span is 16 tokens and 4 slots."""
+    text = {"text": [" ".join(SENTENCE for _ in range(40))]}
+    options = {"max_spans": max_spans, "documents": Dataset.from_dict(text), "continuation_length": 14}
+    model = make_icae(encoder_layout=layout, decoder_layout=layout)
+    if fits:
+        trainer = make_trainer(model=model, **options)
+        longest = max((row for row in trainer.train_dataset if not row["prompt_ids"]), key=lambda row: row["length"])
+        assert model(**DataCollatorForICAESFT()([longest | {"length": 0}])).loss.isfinite()
+    else:
+        with pytest.raises(ValueError, match=rf"Expected a base with positions for `max_spans` \({max_spans}\) spans"):
+            make_trainer(model=model, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_length", 512),
+        ("loss_type", "dft"),
+        ("label_smoothing_factor", 0.1),
+        ("neftune_noise_alpha", 5.0),
+        ("assistant_only_loss", True),
+        ("completion_only_loss", False),
+        ("chat_template_path", "x"),
+        ("eos_token", "x"),
+        ("include_num_input_tokens_seen", "all"),
+        ("fp16", True),
+    ],
+)
+def test_options_of_trl_that_would_have_no_effect_are_refused(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"Expected `{name}` to be .*, for it would have no effect here, got "):
+        ICAESFTConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})
+
+
 def test_evaluation_without_a_share_is_of_answers_alone(make_trainer):
     trainer = make_trainer(pretraining_share=0)
     trainer.evaluate()
@@ -500,8 +630,7 @@ def test_a_run_does_not_go_on_with_a_base_in_another_dtype(config_file, capsys, 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ICAESFTTrainer, "save_state", stop)  # at the end, when there are checkpoints
-    with pytest.raises(KeyboardInterrupt):
-        main(["sft", "--config", str(config_file), "--max_steps", "1"])
+    assert main(["sft", "--config", str(config_file), "--max_steps", "1"]) == 130
     assert main(["sft", "--config", str(config_file), "--resume", "true", "--dtype", "bfloat16"]) == 2
     error = capsys.readouterr().err
     assert "Expected a base in float32, with which the run in" in error and "set `--dtype float32`" in error

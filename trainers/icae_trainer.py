@@ -93,6 +93,18 @@ class ICAETrainer(SFTTrainer):
             )
         if not any(parameter.requires_grad for parameter in model.trainable_parameters().values()):
             raise ValueError("Expected a trainable model, got a frozen one; load it with `is_trainable=True`.")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"Expected one GPU for each process, got {args.n_gpu} for one: start it with `accelerate launch`, or "
+                "choose one GPU with CUDA_VISIBLE_DEVICES."
+            )
+        if isinstance(eval_dataset, dict):
+            raise ValueError(
+                f"Expected one `eval_dataset`, got {len(eval_dataset)} by name ({', '.join(map(str, eval_dataset))}); "
+                "join them, or call `trainer.evaluate` with each."
+            )
+        if self._trains_documents(args):
+            _check_positions(model, args)
         model.tokenizer = processing_class or model.tokenizer
         train_dataset = self._prepare(train_dataset, model, args, training=True)
         if eval_dataset is not None:
@@ -115,6 +127,10 @@ class ICAETrainer(SFTTrainer):
     def _prepare(self, dataset, model: ICAEForConditionalGeneration, args, training: bool):
         """The samples that the collator takes."""
         raise NotImplementedError
+
+    def _trains_documents(self, args) -> bool:
+        """Whether contexts are written out and go on in training."""
+        return True
 
     def _weights(self, inputs: dict[str, Any]) -> dict[str, float]:
         """How the losses are weighed: arguments of the model's forward method."""
@@ -155,13 +171,24 @@ class ICAETrainer(SFTTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("Expected an `eval_dataset`, here or when the trainer was made, got none.")
+        if eval_dataset is not None:
+            dataset = eval_dataset = self._prepare(eval_dataset, self.model, self.args, training=False)
         self.model.eval()
+        self._has_control = False
         self._metrics["eval"].clear()
         self._metrics["eval"]["num_tokens"] = [self.state.num_input_tokens_seen]
         for name, value in self._generation_metrics(dataset).items():
             self._metrics["eval"][name].append(value)
         # The metrics join the logs in SFTTrainer.log, with the prefix "eval_".
-        return Trainer.evaluate(self, eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
+        logs = Trainer.evaluate(self, eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
+        if not self._has_control:
+            logger.warning(
+                "No losses with another text's slots: each batch of the `eval_dataset` has one context only. Raise "
+                "`per_device_eval_batch_size`, or shuffle the rows."
+            )
+        return logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not self.model.training:
@@ -184,6 +211,7 @@ class ICAETrainer(SFTTrainer):
         for name, value in self._position_metrics(outputs).items():
             metrics[name].append(value)
         if (other := _rows_of_other_texts(inputs["context_ids"], inputs["context_mask"])) is not None:
+            self._has_control = True
             outputs_other = model(**inputs, memory=outputs.memory[other], **self._weights(inputs))
             for task, loss in outputs_other.task_losses.items():
                 metrics[f"{SHORT_NAMES[task]}_loss_other_text"].append(loss.item())
@@ -342,6 +370,28 @@ class ICAETrainer(SFTTrainer):
             self.card.write_card()
 
 
+def _check_positions(model: ICAEForConditionalGeneration, args: Any) -> None:
+    """
+    Raises a `ValueError` if the base has not enough positions to write out a context of `max_spans` whole spans and to
+    go on behind it.
+    """
+    config = model.config
+    tokens, slots = args.max_spans * config.span_length, args.max_spans * config.slots_for(config.span_length)
+    is_cache = config.memory_type == "key_values"
+    last = []  # position of the last token of each task
+    for task, length in (("autoencoding", tokens + 1), ("continuation", args.continuation_length)):
+        sequential = config.decoder_layout[task] == "sequential"
+        behind = tokens + slots * (config.encoder_layout == "sequential") if is_cache or not sequential else slots
+        last.append(tokens if task == "autoencoding" and not sequential else behind + length)
+    positions = getattr(config.text_config, "max_position_embeddings", None)
+    if positions is not None and max(last) >= positions:
+        raise ValueError(
+            f"Expected a base with positions for `max_spans` ({args.max_spans}) spans of {config.span_length} tokens "
+            f"and for what is written behind them, {max(last) + 1} in all, got {positions}; lower `max_spans` or "
+            "`continuation_length`, or take a model with shorter spans."
+        )
+
+
 def _rows_of_other_texts(context_ids: torch.Tensor, context_mask: torch.Tensor) -> list[int] | None:
     """For each row of a batch the next one with another context; None if a row has none."""
     rows = len(context_ids)
@@ -420,7 +470,7 @@ class _GradientNorms(TrainerCallback):
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if (state.global_step + 1) % args.logging_steps:
+        if args.logging_strategy != "steps" or (state.global_step + 1) % state.logging_steps:
             return
         groups: dict[str, list[torch.Tensor]] = {}
         for name, parameter in self.trainer.model.trainable_parameters().items():

@@ -81,6 +81,7 @@ def prepare_pretraining_dataset(
     shuffled_share: float = 0.0,
     seed: int = 0,
     text_column: str = "text",
+    num_proc: int | None = None,
 ) -> AnyDataset:
     """
     Turns a data set of documents, in memory or streamed, into one with the columns `context_ids`, `continuation_ids`
@@ -88,7 +89,8 @@ def prepare_pretraining_dataset(
 
     Names of control tokens in a document stay text. Contexts without a continuation (the ends of documents) are kept;
     they train autoencoding only. So do all of `shuffled_share` of the documents: their words are shuffled first (see
-    [`shuffle_words`]), so that they cannot be guessed from each other.
+    [`shuffle_words`]), so that they cannot be guessed from each other. `num_proc` processes share the work on a data
+    set in memory; the samples do not depend on it.
 
     Raises:
         `ValueError`: if `text_column` is missing.
@@ -121,7 +123,13 @@ def prepare_pretraining_dataset(
             "length": [len(context) for context, _ in samples],
         }
 
-    return dataset.map(cut, batched=True, with_indices=True, batch_size=64, remove_columns=columns, features=FEATURES)
+    how = {"batched": True, "with_indices": True, "batch_size": 64, "remove_columns": columns, "features": FEATURES}
+    return dataset.map(cut, **how | processes(dataset, num_proc))
+
+
+def processes(dataset: AnyDataset, num_proc: int | None) -> dict[str, int]:
+    """How many processes may map a data set; a streamed one is mapped where it is read."""
+    return {"num_proc": num_proc} if num_proc and isinstance(dataset, Dataset) else {}
 
 
 @dataclass

@@ -48,6 +48,7 @@ class ICAEPretrainingTrainer(ICAETrainer):
             shuffled_share=args.shuffled_share if training else 0.0,
             seed=args.seed if args.data_seed is None else args.data_seed,
             text_column=args.text_column,
+            num_proc=args.dataset_num_proc,
         )
         if args.autoencoding_weight == 0:
             samples = samples.filter(bool, input_columns=["continuation_ids"])

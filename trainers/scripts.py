@@ -139,21 +139,21 @@ def load_documents(script: ScriptArguments, files: list[str] | None, seed: int, 
 
 def load_data(script: ScriptArguments, seed: int, text_column: str | None = None):
     """The data sets to train and to evaluate on; with a `text_column`, of documents."""
-    streaming, train, evaluation = script.streaming, None, None
+    streaming, evaluation = script.streaming, None
+    if bool(script.train_files) == bool(script.dataset_name):
+        found = "both" if script.train_files else "neither"
+        raise ValueError(f"Expected either `dataset_name` or `train_files`, got {found}; name the data to train on.")
+    name = (script.dataset_name, script.dataset_config)
     if text_column is not None:
         train = load_documents(script, script.train_files, seed, text_column)
-    elif script.train_files:
-        train = load_parquet(script.train_files, streaming)
-    if train is not None:
-        if script.eval_files:
-            evaluation = load_parquet(script.eval_files)
-    elif script.dataset_name:
-        name = (script.dataset_name, script.dataset_config)
-        train = load_dataset(*name, split=script.train_split, streaming=streaming)
-        if script.eval_split:
-            evaluation = load_dataset(*name, split=script.eval_split, streaming=streaming)
     else:
-        raise ValueError("Expected `dataset_name` or `train_files`, got neither; name the data to train on.")
+        train = load_parquet(script.train_files, streaming) if script.train_files else None
+    if train is None:
+        train = load_dataset(*name, split=script.train_split, streaming=streaming)
+    if script.eval_files:
+        evaluation = load_parquet(script.eval_files)
+    elif script.dataset_name and script.eval_split:
+        evaluation = load_dataset(*name, split=script.eval_split, streaming=streaming)
     if script.train_samples is not None:
         train = train.shuffle(seed=seed).take(script.train_samples)
     return train, evaluation

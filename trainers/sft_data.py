@@ -20,7 +20,15 @@ from transformers.utils import logging
 from icae.modeling_icae import ICAEForConditionalGeneration
 from icae.modeling_icae.chat_icae import encode_contexts, encode_prompt, encode_response
 
-from .pretraining_data import FEATURES, IDS, AnyDataset, cut_document, pad_samples, prepare_pretraining_dataset
+from .pretraining_data import (
+    FEATURES,
+    IDS,
+    AnyDataset,
+    cut_document,
+    pad_samples,
+    prepare_pretraining_dataset,
+    processes,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -49,6 +57,7 @@ def prepare_sft_dataset(
     shuffled_share: float = 0.0,
     max_context_length: int | None = None,
     seed: int = 0,
+    num_proc: int | None = None,
 ) -> AnyDataset:
     """
     Turns a data set of triples, in memory or streamed, into one with the columns `context_ids`, `context_lengths`,
@@ -76,12 +85,16 @@ def prepare_sft_dataset(
         continuation_length (`int`, *optional*, defaults to 32): tokens of the continuation of such a sample.
         shuffled_share (`float`, *optional*, defaults to 0.0):
             Share of `documents` whose words are shuffled, see [`prepare_pretraining_dataset`].
-        max_context_length (`int`, *optional*): rows with more context tokens are left out. A warning counts them.
+        max_context_length (`int`, *optional*):
+            Rows with more context tokens are left out, as are those that the base has no positions for. A warning
+            counts them, unless they are streamed.
         seed (`int`, *optional*, defaults to 0): of the choice of these samples.
+        num_proc (`int`, *optional*): processes that tokenise data sets in memory.
 
     Raises:
-        `ValueError`: if columns are missing, a text is empty, `documents` come without a share for them, in another
-            form than the triples, or without a token, or a `shuffled_share` comes without documents.
+        `ValueError`: if columns are missing, a text is empty or none, no row is left, `documents` come without a share
+            for them, in another form than the triples, or without a token, or a `shuffled_share` comes without
+            documents.
     """
     if documents is not None and not pretraining_share:
         raise ValueError("Expected a `pretraining_share` above 0 with `documents`, got 0; say how many to mix in.")
@@ -118,12 +131,18 @@ def prepare_sft_dataset(
     tokenizer, end_token_ids, span_length = model.tokenizer, model.end_token_ids, model.config.span_length
     positions = getattr(model.config.text_config, "max_position_embeddings", None)
     prefix_length = len(model._prefix("instruction"))
+    is_cache, slots_for = model.config.memory_type == "key_values", model.config.slots_for
+    slots_have_positions = is_cache and model.config.encoder_layout == "sequential"
     mixed_in = pretraining_share / (1 - pretraining_share)  # samples per sample with prompts
     cuts_per_sample = 0 if documents is not None else mixed_in
 
     def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
-        prompt, response = _prompt_and_response(row)
-        contexts = encode_contexts(tokenizer, row["context"] or "")
+        try:
+            prompt, response = _prompt_and_response(row)
+            contexts = encode_contexts(tokenizer, row["context"] or "")
+            prompt_ids = encode_prompt(tokenizer, prompt)
+        except ValueError as error:
+            raise ValueError(f"Row {index}: {error}") from error
         if not all(contexts) or not response:
             name = "response" if all(contexts) else "context"
             raise ValueError(f"Expected a {name} of at least one letter, got none in row {index}; filter the rows.")
@@ -131,13 +150,16 @@ def prepare_sft_dataset(
             "context_ids": [token for ids in contexts for token in ids],
             "context_lengths": [len(ids) for ids in contexts],
             "continuation_ids": [],
-            "prompt_ids": [encode_prompt(tokenizer, prompt)],
+            "prompt_ids": [prompt_ids],
             "response_ids": [encode_response(tokenizer, response, end_token_ids)],
         }
 
-    def fits(context: list[int], prompts: list[list[int]], responses: list[list[int]]) -> bool:
-        total = prefix_length + len(context) + len(prompts[0]) + len(responses[0])
-        return len(context) <= (max_context_length or total) and total <= (positions or total)
+    def fits(lengths: list[int], prompts: list[list[int]], responses: list[list[int]]) -> bool:
+        total = prefix_length + sum(lengths) + len(prompts[0]) + len(responses[0])
+        if slots_have_positions:
+            starts = ((length, start) for length in lengths for start in range(0, length, span_length))
+            total += sum(slots_for(min(span_length, length - start)) for length, start in starts)
+        return sum(lengths) <= (max_context_length or total) and total <= (positions or total)
 
     def gather(batch: dict[str, list], indices: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Neighbours with the same context as one sample, with the place of the first of them."""
@@ -168,13 +190,16 @@ def prepare_sft_dataset(
                 rows.append(_without_prompts({"context_ids": context, "continuation_ids": continuation}))
         return {name: [row[name] for row in rows] for name in rows[0]}
 
-    encoded = dataset.map(encode, with_indices=True, remove_columns=columns)
-    fitting = encoded.filter(fits, input_columns=["context_ids", "prompt_ids", "response_ids"])
+    encoded = dataset.map(encode, with_indices=True, remove_columns=columns, **processes(dataset, num_proc))
+    fitting = encoded.filter(fits, input_columns=["context_lengths", "prompt_ids", "response_ids"])
     if isinstance(encoded, Dataset) and len(fitting) < len(encoded):
-        logger.warning(
-            f"Left out {len(encoded) - len(fitting)} of {len(encoded)} rows, which are longer than "
-            f"`max_context_length` ({max_context_length}) or than what the base has positions for ({positions})."
+        left_out = (
+            f"{len(encoded) - len(fitting)} of {len(encoded)} rows, which are longer than "
+            f"`max_context_length` ({max_context_length}) or than what the base has positions for ({positions})"
         )
+        if not len(fitting):
+            raise ValueError(f"Expected rows to train on, got none but {left_out}; raise it, or shorten contexts.")
+        logger.warning(f"Left out {left_out}.")
     samples = fitting.map(mix, batched=True, with_indices=True, batch_size=64, features=SAMPLE_FEATURES)
     if documents is None:
         return samples
@@ -187,6 +212,7 @@ def prepare_sft_dataset(
         continuation_length=continuation_length,
         shuffled_share=shuffled_share,
         seed=seed,
+        num_proc=num_proc,
     )
     if isinstance(samples, Dataset):
         number = max(1, round(mixed_in * len(samples)))
@@ -213,14 +239,16 @@ def _context_of(row: dict[str, Any]) -> tuple[list[int], list[int]]:
 
 def _prompt_and_response(row: dict[str, Any]) -> tuple[str | list[dict[str, Any]], str]:
     if "messages" not in row:
-        return row["prompt"], row["response"]
-    *prompt, last = row["messages"]
-    if not prompt or last["role"] != "assistant":
-        raise ValueError(
-            "Expected `messages` that end with the assistant's, got the roles "
-            f"{[message['role'] for message in row['messages']]}."
-        )
-    return prompt, last["content"]
+        prompt, response = row["prompt"], row["response"]
+    else:
+        messages = row["messages"] or []
+        roles = [message["role"] for message in messages]
+        if len(messages) < 2 or roles[-1] != "assistant":
+            raise ValueError(f"Expected `messages` that end with the assistant's, got the roles {roles}.")
+        prompt, response = messages[:-1], messages[-1]["content"]
+    if not isinstance(prompt, str | list) or not isinstance(response, str | None):
+        raise ValueError(f"Expected a prompt and one response as texts, got {prompt!r} and {response!r}.")
+    return prompt, response or ""
 
 
 @dataclass

@@ -58,7 +58,11 @@ class ICAESFTTrainer(ICAETrainer):
             shuffled_share=args.shuffled_share if training else 0.0,
             max_context_length=args.max_context_length,
             seed=args.seed if args.data_seed is None else args.data_seed,
+            num_proc=args.dataset_num_proc,
         )
+
+    def _trains_documents(self, args: ICAESFTConfig) -> bool:
+        return args.pretraining_share > 0
 
     def _weights(self, inputs: dict[str, Any]) -> dict[str, float]:
         # Each context weighs the same, whether it trains answers or reconstruction and continuation. Held-out ones do
@@ -86,6 +90,7 @@ class ICAESFTTrainer(ICAETrainer):
     @torch.no_grad()
     def _generation_metrics(self, dataset) -> dict[str, float]:
         samples = list(dataset.take(self.args.eval_generations)) if self.args.eval_generations else []
+        samples = [sample for sample in samples if sample["prompt_ids"]]  # others only train reconstruction
         results: dict[str, list[float]] = {"f1": [], "exact_match": []}
         decode = self.model.tokenizer.batch_decode
         for first in range(0, len(samples), self.args.per_device_eval_batch_size):
@@ -94,12 +99,10 @@ class ICAESFTTrainer(ICAETrainer):
                 [ids.tolist() for ids in torch.tensor(sample["context_ids"]).split(sample["context_lengths"])]
                 for sample in batch
             ]
-            output = self.model.generate(
-                contexts,
-                [sample["prompt_ids"][0] for sample in batch],
-                max_new_tokens=self.args.max_new_tokens,
-                **GREEDY,
-            )
+            prompts = [sample["prompt_ids"][0] for sample in batch]
+            # Not `max_new_tokens`, of which the base may have too few positions left.
+            length = max(map(len, prompts)) + self.args.max_new_tokens
+            output = self.model.generate(contexts, prompts, max_length=length, **GREEDY)
             answers = decode(output, skip_special_tokens=True)
             references = decode([sample["response_ids"][0] for sample in batch], skip_special_tokens=True)
             for answer, reference in zip(answers, references, strict=True):

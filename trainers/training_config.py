@@ -6,11 +6,26 @@ from typing import Any
 from trl import SFTConfig
 
 
+# Options of SFTConfig that the stages of an ICAE have no place for: the value that leaves each alone, and what to do.
+UNUSED: dict[str, tuple[Any, str]] = {
+    "max_length": (None, "contexts are compressed span by span; `max_context_length` leaves long ones out"),
+    "loss_type": ("nll", "`distillation_weight` is the one other loss of the instruction stage"),
+    "label_smoothing_factor": (0.0, "losses are plain cross entropies"),
+    "neftune_noise_alpha": (None, "the base stays as it is, and its embeddings with it"),
+    "assistant_only_loss": (False, "the loss is on the last response, and on no other turn"),
+    "completion_only_loss": (None, "the loss is on the response only"),
+    "chat_template_path": (None, "set `model.tokenizer.chat_template` before the trainer is made"),
+    "eos_token": (None, "set `model.tokenizer.eos_token` before the trainer is made"),
+    "include_num_input_tokens_seen": ("no", "`num_tokens` of the logs counts context tokens without it"),
+    "fp16": (False, "activations of language models leave its range; load the base in bfloat16"),
+}
+
+
 @dataclass
 class ICAETrainingConfig(SFTConfig):
     r"""
     Base of [`ICAEPretrainingConfig`] and [`ICAESFTConfig`]: only what is new or has another default than in
-    [SFTConfig](https://huggingface.co/docs/trl/sft_trainer).
+    [SFTConfig](https://huggingface.co/docs/trl/sft_trainer). What of it would have no effect is refused.
 
     Args:
         autoencoding_weight (`float`, *optional*, defaults to `0.5`):
@@ -52,11 +67,18 @@ class ICAETrainingConfig(SFTConfig):
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Recompute activations in the backward pass; exact for both passes."}
     )
+    max_length: int | None = field(default=None, metadata={"help": "Not used, see `max_context_length`."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator chooses the columns."})
     dataset_kwargs: dict[str, Any] | None = field(default_factory=lambda: {"skip_prepare_dataset": True})
 
     def __post_init__(self):
         super().__post_init__()
+        for name, (unused, advice) in UNUSED.items():
+            if getattr(self, name) != unused:
+                raise ValueError(
+                    f"Expected `{name}` to be {unused!r}, for it would have no effect here, got "
+                    f"{getattr(self, name)!r}: {advice}."
+                )
         if self.packing or self.padding_free:
             raise ValueError(
                 "Expected `packing=False` and `padding_free=False`, got "
