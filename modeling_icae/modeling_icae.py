@@ -708,37 +708,37 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         if task == "instruction":
             prompts = _as_prompts(prompt)
             ids, mask = _pad_left(self.encode_prompts(prompts), device=end.device)
-            new_tokens = _answer_length(generation_config, ids.shape[1])
             rows = max(len(memory), len(prompts))
             if {len(memory), len(prompts)} - {1, rows}:
                 raise ValueError(
                     f"Expected one prompt per context, one prompt or one context, got {len(prompts)} prompts for "
                     f"{len(memory)} contexts."
                 )
-            columns = memory_mask.shape[1] + ids.shape[1]
-            if not mask.all() and self._leaves_window(columns + new_tokens):
-                return self._generate_apart(memory, prompts, generation_config, options)
-            cache.batch_repeat_interleave(rows // len(memory))
             memory_mask, end = memory_mask.expand(rows, -1), end.expand(rows)
             ids, mask = ids.expand(rows, -1), mask.expand(rows, -1)
             inputs = {"input_ids": ids}
         else:
-            new_tokens = _answer_length(generation_config, 0)
+            rows = len(memory)
             embeds = self.task_embeddings[TASKS.index(task)]
-            embeds = embeds.to(self.language_model.dtype).expand(len(memory), 1, -1)
-            mask = memory_mask.new_ones(len(memory), 1)
+            embeds = embeds.to(self.language_model.dtype).expand(rows, 1, -1)
+            mask = memory_mask.new_ones(rows, 1)
             # generate() counts the cached part as a part of the embeddings and cuts it off again.
             inputs = {"inputs_embeds": F.pad(embeds, (0, 0, cache.get_seq_length(), 0))}
+        given = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
         positions = self._text_start(task, end)[:, None] + (mask.cumsum(dim=1) - 1).clamp(min=0)
         last = int(positions.max())
         if generation_config.max_new_tokens is None:  # a default or an upper bound, which the base's positions are too
-            new_tokens = max(1, min(new_tokens, self._num_positions - last))
-            generation_config.max_new_tokens, generation_config.max_length = new_tokens, None
-        self._check_positions(last + new_tokens - 1, task)
+            room = max(1, self._num_positions - last)
+            generation_config.max_new_tokens = min(_answer_length(generation_config, given), room)
+            generation_config.max_length = None
+        self._check_positions(last + generation_config.max_new_tokens - 1, task)
+        columns = memory_mask.shape[1] + mask.shape[1] + generation_config.max_new_tokens
+        if not mask.all() and self._leaves_window(columns):
+            return self._generate_apart(memory, prompts, generation_config, options)
 
         # generate() repeats the text for beams and several sequences, but not a cache that was given.
         sequences = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        cache.batch_repeat_interleave(sequences)
+        cache.batch_repeat_interleave(rows // len(memory) * sequences)
         with self.adapter(False):
             output = self.language_model.generate(
                 **inputs,
@@ -748,7 +748,6 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                 generation_config=generation_config,
                 **kwargs,
             )
-        given = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
         if isinstance(output, ModelOutput):
             output.sequences = output.sequences[:, given:]
             return output
@@ -772,7 +771,8 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             )
         rows = max(len(memory), len(prompts))
         memories = [memory[index] for index in range(len(memory))] * (rows // len(memory))
-        options = options | {"generation_config": generation_config}
+        length = {"max_new_tokens": generation_config.max_new_tokens, "max_length": None}  # of all rows, as in a batch
+        options = options | length | {"generation_config": generation_config}
         answers = [
             row
             for memory, prompt in zip(memories, prompts * (rows // len(prompts)), strict=True)
@@ -784,7 +784,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
     def reconstruct(self, memory: ICAEMemory | str | list[str] | torch.Tensor, **kwargs) -> list[str]:
         """
         Writes the compressed contexts out again: the autoencoding task (paper, section 2.2.1), greedy by default,
-        whatever the base's own generation_config says; one that is given counts.
+        whatever the base's own generation_config says; what a given one says counts.
 
         Args:
             memory ([`ICAEMemory`] or anything that [`~ICAEForConditionalGeneration.compress`] takes):
@@ -794,11 +794,9 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         """
         if not isinstance(memory, ICAEMemory):
             memory = self.compress(memory)
-        given = kwargs.get("generation_config")
-        if given is None:
-            kwargs = GREEDY | kwargs
-        if given is None or given.max_new_tokens is None:
-            kwargs = {"max_new_tokens": int(memory.num_tokens.max()) + 1} | kwargs
+        given = kwargs.get("generation_config") or GenerationConfig()
+        defaults = GREEDY | {"max_new_tokens": int(memory.num_tokens.max()) + 1}
+        kwargs = {name: value for name, value in defaults.items() if getattr(given, name) is None} | kwargs
         output = self.generate(memory=memory, task="autoencoding", **kwargs)
         ids = output.sequences if isinstance(output, ModelOutput) else output
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -947,9 +945,7 @@ def _as_prompts(prompt: Any) -> list[Any]:
 
 
 def _answer_length(config: GenerationConfig, prompt_length: int) -> int:
-    """How many tokens to write at most; of `max_length`, the prompt is a part, as in transformers."""
-    if config.max_new_tokens is not None:
-        return config.max_new_tokens
+    """How many tokens to write at most without `max_new_tokens`; of `max_length`, the prompt is a part."""
     if config.max_length is None:
         return 20  # transformers' default
     if config.max_length <= prompt_length:

@@ -51,6 +51,16 @@ def test_standard_input_is_a_text(options, expected, monkeypatch, capsys):
     assert capsys.readouterr().out == expected + "\n"
 
 
+def test_lines_end_the_same_wherever_a_text_is_from(options, expected, tmp_path, capsys):
+    texts = [f"{TEXT}\n{TEXT}".encode(), f"{TEXT}\r\n{TEXT}".encode()]
+    found = []
+    for content in texts:
+        (tmp_path / "text.txt").write_bytes(content)
+        assert main(["reconstruct", str(tmp_path / "text.txt"), *options]) == 0
+        found.append(capsys.readouterr().out)
+    assert found[0] == found[1]
+
+
 def test_an_empty_context_among_several_is_refused(options, tmp_path, capsys):
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "empty.txt").write_text("")

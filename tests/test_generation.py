@@ -348,6 +348,8 @@ def test_reconstruct_takes_what_a_generation_config_says(model):
     assert model.reconstruct(CONTEXTS[0], generation_config=config) == expected
     as_long_as_the_text = model.reconstruct(CONTEXTS[0], generation_config=GenerationConfig(do_sample=False))
     assert as_long_as_the_text == model.reconstruct(CONTEXTS[0])
+    model.generation_config.update(**STYLE)
+    assert model.reconstruct(CONTEXTS[0], generation_config=config) == expected  # greedy where it says nothing else
     sampled = GenerationConfig(max_new_tokens=12, do_sample=True, num_return_sequences=3)
     torch.manual_seed(0)
     assert len(model.reconstruct(CONTEXTS[0], generation_config=sampled)) == 3

@@ -9,7 +9,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import AutoModelForCausalLM
 
 from icae import ICAEForConditionalGeneration
@@ -500,6 +500,18 @@ def test_held_out_answers_end_where_the_positions_of_the_base_do(make_trainer, m
     assert "eval_f1" in trainer.evaluate()
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_held_out_answers_are_as_long_as_asked_for(make_trainer, make_icae, family, monkeypatch):
+    texts = {"context": ["x" * 20, "y" * 20], "prompt": ["?", "Who is it, and where? " * 4], "response": ["z", "z"]}
+    model = make_icae(family)
+    model.generation_config.max_new_tokens = 100
+    trainer = make_trainer(model=model, data=Dataset.from_dict(texts), max_new_tokens=4, pretraining_share=0)
+    written, generate = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda *args, **how: written.append(generate(*args, **how)) or written[-1])
+    trainer.evaluate()
+    assert all(answers.shape[1] <= 4 for answers in written)
+
+
 def test_batches_of_one_context_have_no_control_and_a_warning(make_trainer, warnings_log):
     trainer = make_trainer(per_device_eval_batch_size=1)
     trainer.evaluate()
@@ -509,8 +521,11 @@ def test_batches_of_one_context_have_no_control_and_a_warning(make_trainer, warn
 
 def test_several_sets_to_evaluate_on_are_refused(make_icae, tmp_path):
     args = ICAESFTConfig(output_dir=str(tmp_path), use_cpu=True)
-    with pytest.raises(ValueError, match=r"Expected one `eval_dataset`, got 2 by name \(a, b\)"):
-        ICAESFTTrainer(make_icae(), args, TRIPLES, {"a": TRIPLES, "b": TRIPLES})
+    several, message = {"a": TRIPLES, "b": TRIPLES}, r"Expected one `eval_dataset`, got 2 by name \(a, b\)"
+    with pytest.raises(ValueError, match=message):
+        ICAESFTTrainer(make_icae(), args, TRIPLES, several)
+    with pytest.raises(ValueError, match=message):
+        ICAESFTTrainer(make_icae(), args, TRIPLES).evaluate(several)
 
 
 def test_several_devices_for_one_process_are_refused(make_icae, tmp_path):
@@ -521,23 +536,27 @@ def test_several_devices_for_one_process_are_refused(make_icae, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("layout", "max_spans", "fits"),
-    [("uniform", 31, True), ("uniform", 32, False), ("sequential", 14, True), ("sequential", 15, False)],
+    ("layout", "tokens", "fits"),
+    [("uniform", 497, True), ("uniform", 498, False), ("sequential", 226, True), ("sequential", 227, False)],
 )
 def test_mixed_in_contexts_that_the_base_could_not_write_out_are_refused(
-    make_trainer, make_icae, layout, max_spans, fits
+    make_trainer, make_icae, layout, tokens, fits
 ):
-    """512 positions; a span is 16 tokens and 4 slots."""
-    text = {"text": [" ".join(SENTENCE for _ in range(40))]}
-    options = {"max_spans": max_spans, "documents": Dataset.from_dict(text), "continuation_length": 14}
+    """512 positions; a span is 16 tokens and 4 slots; text goes on for 14 tokens."""
     model = make_icae(encoder_layout=layout, decoder_layout=layout)
+    ids = {"context_ids": [[7] * tokens], "context_lengths": [[tokens]], "continuation_ids": [[7] * 14]}
+    mixed_in = {**ids, "prompt_ids": [[]], "response_ids": [[]], "length": [tokens]}
+    asked = prepare_sft_dataset(TRIPLES, model)
+    data = concatenate_datasets([asked, Dataset.from_dict(mixed_in, features=asked.features)])
+    options = {"autoencoding_weight": 0.5, "continuation_length": 14}
     if fits:
-        trainer = make_trainer(model=model, **options)
-        longest = max((row for row in trainer.train_dataset if not row["prompt_ids"]), key=lambda row: row["length"])
-        assert model(**DataCollatorForICAESFT()([longest | {"length": 0}])).loss.isfinite()
+        make_trainer(model=model, data=data, **options)
+        batch = DataCollatorForICAESFT()([data[len(data) - 1]])
+        losses = model(**batch, autoencoding_weight=0.5, continuation_weight=0.5).task_losses
+        assert set(losses) == {"autoencoding", "continuation"}
     else:
-        with pytest.raises(ValueError, match=rf"Expected a base with positions for `max_spans` \({max_spans}\) spans"):
-            make_trainer(model=model, **options)
+        with pytest.raises(ValueError, match=f"positions, can write out and go on behind, got one of {tokens} tokens"):
+            make_trainer(model=model, data=data, **options)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress, logging
 from trl import SFTTrainer
 
+from icae.configuration_icae import ICAEConfig
 from icae.hub_upload import (
     assemble,
     check,
@@ -98,17 +99,11 @@ class ICAETrainer(SFTTrainer):
                 f"Expected one GPU for each process, got {args.n_gpu} for one: start it with `accelerate launch`, or "
                 "choose one GPU with CUDA_VISIBLE_DEVICES."
             )
-        if isinstance(eval_dataset, dict):
-            raise ValueError(
-                f"Expected one `eval_dataset`, got {len(eval_dataset)} by name ({', '.join(map(str, eval_dataset))}); "
-                "join them, or call `trainer.evaluate` with each."
-            )
-        if self._trains_documents(args):
-            _check_positions(model, args)
         model.tokenizer = processing_class or model.tokenizer
         train_dataset = self._prepare(train_dataset, model, args, training=True)
+        self._check_positions(train_dataset, model, args)
         if eval_dataset is not None:
-            eval_dataset = self._prepare(eval_dataset, model, args, training=False)
+            eval_dataset = self._prepare_held_out(eval_dataset, model, args)
         self.card = CardCallback(self)
         self._uploads = ThreadPoolExecutor(max_workers=1)
         super().__init__(
@@ -128,9 +123,34 @@ class ICAETrainer(SFTTrainer):
         """The samples that the collator takes."""
         raise NotImplementedError
 
-    def _trains_documents(self, args) -> bool:
-        """Whether contexts are written out and go on in training."""
-        return True
+    def _prepare_held_out(self, dataset, model: ICAEForConditionalGeneration, args):
+        if isinstance(dataset, dict):
+            raise ValueError(
+                f"Expected one `eval_dataset`, got {len(dataset)} by name ({', '.join(map(str, dataset))}); join "
+                "them, or call `trainer.evaluate` with each."
+            )
+        return self._prepare(dataset, model, args, training=False)
+
+    def _document_lengths(self, dataset: Dataset) -> Iterator[int]:
+        """Tokens of the contexts that are written out and go on in training."""
+        return iter(dataset["length"])
+
+    def _check_positions(self, dataset, model: ICAEForConditionalGeneration, args) -> None:
+        """
+        Raises a `ValueError`, before hours of training, if the base has not enough positions to write the longest
+        context out and to go on behind it. (Streamed ones are seen when they come.)
+        """
+        positions = getattr(model.config.text_config, "max_position_embeddings", None)
+        if positions is None or not isinstance(dataset, Dataset) or "length" not in dataset.column_names:
+            return
+        if _last_position(model.config, max(dataset["length"], default=0), args) < positions:
+            return
+        longest = max(self._document_lengths(dataset), default=0)
+        if (last := _last_position(model.config, longest, args)) >= positions:
+            raise ValueError(
+                f"Expected contexts that the base, with {positions} positions, can write out and go on behind, got "
+                f"one of {longest} tokens, which takes {last + 1}; lower `max_spans` or `continuation_length`."
+            )
 
     def _weights(self, inputs: dict[str, Any]) -> dict[str, float]:
         """How the losses are weighed: arguments of the model's forward method."""
@@ -174,7 +194,7 @@ class ICAETrainer(SFTTrainer):
         if dataset is None:
             raise ValueError("Expected an `eval_dataset`, here or when the trainer was made, got none.")
         if eval_dataset is not None:
-            dataset = eval_dataset = self._prepare(eval_dataset, self.model, self.args, training=False)
+            dataset = eval_dataset = self._prepare_held_out(eval_dataset, self.model, self.args)
         self.model.eval()
         self._has_control = False
         self._metrics["eval"].clear()
@@ -370,26 +390,24 @@ class ICAETrainer(SFTTrainer):
             self.card.write_card()
 
 
-def _check_positions(model: ICAEForConditionalGeneration, args: Any) -> None:
-    """
-    Raises a `ValueError` if the base has not enough positions to write out a context of `max_spans` whole spans and to
-    go on behind it.
-    """
-    config = model.config
-    tokens, slots = args.max_spans * config.span_length, args.max_spans * config.slots_for(config.span_length)
+def _last_position(config: ICAEConfig, tokens: int, args: Any) -> int:
+    """Position of the last token when a context of so many is written out, and when text goes on behind it."""
     is_cache = config.memory_type == "key_values"
-    last = []  # position of the last token of each task
-    for task, length in (("autoencoding", tokens + 1), ("continuation", args.continuation_length)):
-        sequential = config.decoder_layout[task] == "sequential"
-        behind = tokens + slots * (config.encoder_layout == "sequential") if is_cache or not sequential else slots
-        last.append(tokens if task == "autoencoding" and not sequential else behind + length)
-    positions = getattr(config.text_config, "max_position_embeddings", None)
-    if positions is not None and max(last) >= positions:
-        raise ValueError(
-            f"Expected a base with positions for `max_spans` ({args.max_spans}) spans of {config.span_length} tokens "
-            f"and for what is written behind them, {max(last) + 1} in all, got {positions}; lower `max_spans` or "
-            "`continuation_length`, or take a model with shorter spans."
-        )
+    spans, rest = divmod(tokens, config.span_length)
+    slots = spans * config.slots_for(config.span_length) + (config.slots_for(rest) if rest else 0)
+
+    def behind(task: str) -> int:
+        if config.decoder_layout[task] == "sequential" and not is_cache:
+            return slots
+        return tokens + slots if is_cache and config.encoder_layout == "sequential" else tokens
+
+    last = [0]
+    if tokens and args.autoencoding_weight > 0:
+        over = config.decoder_layout["autoencoding"] == "uniform"  # written at the positions it was read at
+        last.append(tokens if over else behind("autoencoding") + 1 + tokens)
+    if tokens and args.autoencoding_weight < 1:
+        last.append(behind("continuation") + args.continuation_length)
+    return max(last)
 
 
 def _rows_of_other_texts(context_ids: torch.Tensor, context_mask: torch.Tensor) -> list[int] | None:

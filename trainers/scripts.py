@@ -33,7 +33,7 @@ class ScriptArguments:
     )
     dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub."})
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
-    train_files: list[str] | None = field(default=None, metadata={"help": "Local Parquet files, instead."})
+    train_files: list[str] | None = field(default=None, metadata={"help": "Local Parquet files, in place of it."})
     eval_files: list[str] | None = field(default=None, metadata={"help": "Local Parquet files to evaluate on."})
     train_split: str = field(default="train", metadata={"help": "Split of the data set to train on."})
     eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
@@ -140,9 +140,8 @@ def load_documents(script: ScriptArguments, files: list[str] | None, seed: int, 
 def load_data(script: ScriptArguments, seed: int, text_column: str | None = None):
     """The data sets to train and to evaluate on; with a `text_column`, of documents."""
     streaming, evaluation = script.streaming, None
-    if bool(script.train_files) == bool(script.dataset_name):
-        found = "both" if script.train_files else "neither"
-        raise ValueError(f"Expected either `dataset_name` or `train_files`, got {found}; name the data to train on.")
+    if not script.train_files and not script.dataset_name:
+        raise ValueError("Expected `dataset_name` or `train_files`, got neither; name the data to train on.")
     name = (script.dataset_name, script.dataset_config)
     if text_column is not None:
         train = load_documents(script, script.train_files, seed, text_column)
@@ -152,7 +151,7 @@ def load_data(script: ScriptArguments, seed: int, text_column: str | None = None
         train = load_dataset(*name, split=script.train_split, streaming=streaming)
     if script.eval_files:
         evaluation = load_parquet(script.eval_files)
-    elif script.dataset_name and script.eval_split:
+    elif script.eval_split and not script.train_files:
         evaluation = load_dataset(*name, split=script.eval_split, streaming=streaming)
     if script.train_samples is not None:
         train = train.shuffle(seed=seed).take(script.train_samples)

@@ -1,8 +1,10 @@
 """The instruction stage: answers from compressed contexts (paper, section 2.3)."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from datasets import Dataset
 
 from icae.evaluation.measures import exact_match, token_f1
 from icae.modeling_icae import GREEDY, ICAEForConditionalGeneration
@@ -61,8 +63,9 @@ class ICAESFTTrainer(ICAETrainer):
             num_proc=args.dataset_num_proc,
         )
 
-    def _trains_documents(self, args: ICAESFTConfig) -> bool:
-        return args.pretraining_share > 0
+    def _document_lengths(self, dataset: Dataset) -> Iterator[int]:
+        rows = dataset.select_columns(["length", "prompt_ids"])
+        return (row["length"] for row in rows if not row["prompt_ids"])
 
     def _weights(self, inputs: dict[str, Any]) -> dict[str, float]:
         # Each context weighs the same, whether it trains answers or reconstruction and continuation. Held-out ones do
@@ -102,7 +105,7 @@ class ICAESFTTrainer(ICAETrainer):
             prompts = [sample["prompt_ids"][0] for sample in batch]
             # Not `max_new_tokens`, of which the base may have too few positions left.
             length = max(map(len, prompts)) + self.args.max_new_tokens
-            output = self.model.generate(contexts, prompts, max_length=length, **GREEDY)
+            output = self.model.generate(contexts, prompts, max_length=length, max_new_tokens=None, **GREEDY)
             answers = decode(output, skip_special_tokens=True)
             references = decode([sample["response_ids"][0] for sample in batch], skip_special_tokens=True)
             for answer, reference in zip(answers, references, strict=True):

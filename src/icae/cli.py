@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from importlib import import_module
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -142,8 +143,10 @@ def load_model(model: str | None, base: str | None, dtype: str, **options):
 
 def _read_text(name: str) -> str:
     try:
-        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()  # stdin knows the locale's code
-        return content.decode("utf-8")
+        # Not as `sys.stdin` reads it, which is in the locale's encoding.
+        file = BytesIO(sys.stdin.buffer.read()) if name == "-" else open(name, "rb")
+        with TextIOWrapper(file, encoding="utf-8") as text:
+            return text.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"Expected a text file in UTF-8, got {name!r} ({error}).") from error
 
