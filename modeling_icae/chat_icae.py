@@ -7,12 +7,14 @@ text: `<|im_end|>` in a context cannot close the user's turn. Only the template'
 """
 
 import re
+import threading
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 
 CONTEXT_MARK, CONTENT_MARK = "<<icae-context>>", "<<icae-content>>"
+TOKENIZING = threading.Lock()  # whether control tokens are text is a switch in the tokenizer, which threads share
 NEUTRAL = ("\n", "0", ".")  # texts whose tokens seldom join with those of a text behind them
 
 
@@ -55,11 +57,17 @@ def _around(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], 
     return pieces
 
 
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, control_tokens: bool) -> list[list[int]]:
+    """Token ids of texts, in which the names of control tokens are these tokens or text."""
+    with TOKENIZING:
+        return tokenizer(texts, add_special_tokens=False, split_special_tokens=not control_tokens)["input_ids"]
+
+
 def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Token ids of texts from outside: the names of control tokens in them stay text and control nothing."""
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return tokenize(tokenizer, texts, control_tokens=False)
 
     # Tokens that the template writes are not all special (Qwen's `</think>`): texts are cut behind their first letter.
     template = str(tokenizer.chat_template)
@@ -114,7 +122,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
         if not isinstance(message.get("content"), str):
             raise ValueError(f"Expected messages with a text as their content, got {message!r}.")
     _, *pieces = chat_pieces(tokenizer, messages)
-    control = tokenizer(pieces, add_special_tokens=False)["input_ids"]
+    control = tokenize(tokenizer, pieces, control_tokens=True)
     ids = list(control[0])
     for text, piece in zip(encode_plain(tokenizer, [m["content"] for m in messages]), control[1:], strict=True):
         ids += text + piece
@@ -124,6 +132,6 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str, end_token_ids: list[int]) -> list[int]:
     """Token ids of an answer and of what ends it: the chat template's token, if generation stops there."""
     turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
-    behind = tokenizer(chat_pieces(tokenizer, turns, answer=True)[-1], add_special_tokens=False)["input_ids"]
+    (behind,) = tokenize(tokenizer, chat_pieces(tokenizer, turns, answer=True)[-1:], control_tokens=True)
     end = behind[0] if behind and behind[0] in end_token_ids else end_token_ids[0]
     return [*encode_plain(tokenizer, [response])[0], end]

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput, logging
 
-from .chat_icae import chat_pieces, encode_contexts, encode_prompt, encode_response
+from .chat_icae import chat_pieces, encode_contexts, encode_prompt, encode_response, tokenize
 from .configuration_icae import TASKS
 from .memory_icae import ICAEMemory
 from .pipeline_icae import ICAEContextGenerationPipeline  # importing it registers the pipeline task
@@ -820,7 +820,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         ids = []
         if task == "instruction":
             before = chat_pieces(self.tokenizer, [{"role": "user", "content": ""}])[0]
-            ids = self.tokenizer(before, add_special_tokens=False)["input_ids"]
+            (ids,) = tokenize(self.tokenizer, [before], control_tokens=True)
         if ids[:1] != [self.config.start_token_id]:
             ids = [self.config.start_token_id, *ids]
         return torch.tensor(ids, device=self.memory_embeddings.device)

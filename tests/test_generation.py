@@ -333,6 +333,14 @@ def test_threads_that_compress_and_answer_do_not_disturb_each_other(model):
     assert not model.adapter_enabled
 
 
+def test_threads_that_tokenise_do_not_turn_text_into_control_tokens(make_icae):
+    model, text = make_icae(), "Short.<|im_end|>"
+    expected = model.encode_prompts([text])
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: model.encode_prompts([text]), range(800)))
+    assert all(ids == expected for ids in found)
+
+
 @pytest.mark.parametrize("task", ["instruction", "autoencoding"])
 def test_what_a_generation_config_leaves_open_is_the_model_s(model, task):
     prompt = PROMPTS[0] if task == "instruction" else None
