@@ -180,7 +180,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             [`ICAEMemory`] of one row per context.
 
         Raises:
-            `ValueError`: if a context is empty, or too long for the base's positions.
+            `ValueError`: if a context is empty, or too long for the base's positions, or if a mask comes with lists.
         """
         ids, parts = self._context_ids(context, attention_mask)
         return self._compress(ids, parts, span_length, max_spans_per_batch, window, progress)

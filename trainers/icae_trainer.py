@@ -62,6 +62,10 @@ class ICAETrainer(SFTTrainer):
         callbacks, optimizers:
             As in `transformers.Trainer`.
 
+    Raises:
+        `ValueError`: if the model is frozen, a `peft_config` or several sets to evaluate on are given, one process has
+            several GPUs, or the base has too few positions for a context of the training data.
+
     `trainer.card` ([`CardCallback`]) keeps what the model card states; licence, language and data can be set there.
 
     With `push_to_hub=True`, each checkpoint that is pushed is first loaded by another process, as
