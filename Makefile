@@ -103,10 +103,13 @@ $(DONE)/%: $(STAMP) $(CHECKPOINT)/icae_slots.safetensors
 	$(BIN)/icae $(RUN_THIS)
 	touch $@
 
-evaluate-quick: $(STAMP)  ## a small subset of the evaluations, without any other files -> runs/quick/*.json
-	OMP_NUM_THREADS=1 $(BIN)/icae evaluate reconstruction --quick
-	OMP_NUM_THREADS=1 $(BIN)/icae evaluate continuation --quick
-	OMP_NUM_THREADS=1 $(BIN)/icae evaluate probes --quick
+# `make -j 2 evaluate-quick` runs two at a time.
+QUICK := $(addprefix quick-,reconstruction continuation probes)
+.PHONY: $(QUICK) quick-bench
+evaluate-quick: $(QUICK) quick-bench  ## a small subset of the evaluations, without any other files -> runs/quick/*.json
+$(QUICK): quick-%: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/icae evaluate $* --quick
+quick-bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/icae bench generate --quick
 
 # RUN is the recipe's last mean, or any checkpoint; what is published is its adapter and slots in bfloat16.
