@@ -50,7 +50,7 @@ import torch
 from datasets import Dataset, concatenate_datasets, load_dataset
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from icae.cli import load_model
 from icae.evaluation.answer_files import AnswerFile, Line, digest, forget_other_weights
@@ -155,6 +155,7 @@ def main(argv: list[str] | None = None) -> None:
         answers[reader.name] = AnswerFile(file, made_from)
         fill(answers[reader.name], reader.make, rows, arguments.max_new_tokens, arguments.batch_size)
     measured = {name: measure(file.rows, rows) for name, file in answers.items()}
+    limit = arguments.max_new_tokens
     long = long_sources(rows)
     summary = summarize(measured, long)
     record = {
@@ -164,6 +165,11 @@ def main(argv: list[str] | None = None) -> None:
         "rows_left_out_as_too_long": left_out,
         "context_tokens": sum(len(row["context_ids"]) for row in rows),
         "slots": sum(number_of_slots(model, row["context_ids"]) for row in rows),
+        "answers_at_the_limit": {
+            name: sum(reaches(model.tokenizer, file.rows[row["row"]]["answer"], limit) for row in rows)
+            for name, file in answers.items()
+        },
+        "references_above_the_limit": sum(len(row["response_ids"]) - 1 > limit for row in rows),  # without the end
         "arguments": recorded(arguments),
         "commits": {
             name: sorted({str(file.rows[row["row"]].get("commit")) for row in rows}) for name, file in answers.items()
@@ -358,6 +364,11 @@ def measure(answers: dict[int, Line], rows: list[Row]) -> dict[str, BySource]:
         for name, value in ({"loss": line["loss"]} | scores(line["answer"], row["response"])).items():
             values[name][row["source"]].append(value)
     return values
+
+
+def reaches(tokenizer: PreTrainedTokenizerBase, answer: str, limit: int) -> bool:
+    """Whether an answer has so many tokens, at which it was cut, as far as its text tells."""
+    return len(tokenizer(answer, add_special_tokens=False)["input_ids"]) >= limit
 
 
 def means(values: dict[str, BySource]) -> dict[str, dict[str, float]]:

@@ -57,7 +57,7 @@ def embedded(record: Record) -> str:
     if list(record["models"]) == ["embedded"]:
         title = "**The embedded checkpoint** (SmolLM2-135M-Instruct, 4x) on held-out text"
         runs = ", ".join(f"[{name}](results/{name}.png)" for name in RUNS)
-        links += f";\n[how it was trained](results/README.md), run by run: {runs}"
+        links += f";\n[how it was trained](results/README.md), with curves of the first {len(RUNS)} runs: {runs}"
     return f"""\
 {title},
 {record["context_tokens"]:,} tokens in contexts of {contexts} ({links}):
@@ -149,7 +149,19 @@ the same size, tuned on {tuned_on} with the full context ([how long](results/REA
 
 {reads}{tuned}.
 {learnt}{intervals}
+{_limits(record)}
 """
+
+
+def _limits(record: Record) -> str:
+    """What bounds answers and contexts, and how often it does."""
+    arguments, cut = record["arguments"], record["answers_at_the_limit"]
+    limit, longest = arguments["max_new_tokens"], arguments["max_context_length"]
+    longer, left_out = record["references_above_the_limit"], record["rows_left_out_as_too_long"]
+    return f"""\
+Answers end after {limit} tokens at the latest, which {cut["icae"]} from slots and {cut["full context"]} from the full
+context reach; {longer} references are longer. Prompts are drawn from those about contexts of at most {longest:,}
+tokens; {left_out:,} are about longer ones."""
 
 
 def by_source(record: Record) -> str:
@@ -230,6 +242,7 @@ Surely, and in bold: the interval of the difference, which holds 95%, does not h
 {table(head, rows)}
 
 Token F1, the mean over sources: {", ".join(means)}.
+{_limits(record)}
 {surely if penalty == 1 else ""}"""
 
 
@@ -340,7 +353,8 @@ def aims(record: Record) -> str:
         meets = f"; drawn on, it meets the aim at {needed / 1e6:.1f} M" if needed else ""
         ends = ", then ".join(map(_end_of, later))
         ends = (
-            f" Later runs, on longer contexts, ended with {ends}, tokens of the\ninstruction stage counted."
+            f" The later runs with a curve, on longer\ncontexts, ended with {ends}, tokens of the\n"
+            "instruction stage counted."
             if later
             else ""
         )

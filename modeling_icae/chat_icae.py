@@ -121,6 +121,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
     for message in messages:
         if not isinstance(message.get("content"), str):
             raise ValueError(f"Expected messages with a text as their content, got {message!r}.")
+    if [message.get("role") for message in messages[-1:]] == ["assistant"]:
+        raise ValueError(
+            f"Expected a conversation that the assistant is to answer, got one that ends with its own "
+            f"{messages[-1]['content'][:40]!r}; leave that out."
+        )
     _, *pieces = chat_pieces(tokenizer, messages)
     control = tokenize(tokenizer, pieces, control_tokens=True)
     ids = list(control[0])

@@ -113,6 +113,28 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         return (grad_hidden * grad_losses[:, None]).to(grad_hidden.dtype), None, None, None
 
 
+class _FrozenHeadDivergence(_FrozenHeadCrossEntropy):
+    """The same for the Kullback-Leibler divergence from what a teacher's hidden states say."""
+
+    @staticmethod
+    def forward(ctx, hidden, teacher, head, chunk_size):
+        losses, grads = [], []
+        needs_grad = ctx.needs_input_grad[0]
+        for states, taught in zip(hidden.split(chunk_size), teacher.split(chunk_size), strict=True):
+            with torch.set_grad_enabled(needs_grad):
+                states = states.detach().requires_grad_(needs_grad)
+                logits = head(states)  # (n, V)
+            target = head(taught).log_softmax(dim=-1, dtype=torch.float32)
+            scores = logits.detach().log_softmax(dim=-1, dtype=torch.float32)
+            losses.append(F.kl_div(scores, target, reduction="none", log_target=True).sum(dim=-1))
+            if needs_grad:
+                grad_logits = scores.exp_().sub_(target.exp_())
+                grads.append(torch.autograd.grad(logits, states, grad_logits.to(logits.dtype))[0])
+        if needs_grad:
+            ctx.save_for_backward(torch.cat(grads))
+        return torch.cat(losses)
+
+
 class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
     r"""
     An In-context Autoencoder around a decoder-only language model.
@@ -131,9 +153,9 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
     Example:
 
     ```python
-    >>> from icae import ICAEForConditionalGeneration
+    >>> from icae import EMBEDDED_CHECKPOINT, ICAEForConditionalGeneration, embedded_base
 
-    >>> model = ICAEForConditionalGeneration.from_pretrained("checkpoints/icae-smollm2-135m")
+    >>> model = ICAEForConditionalGeneration.from_pretrained(EMBEDDED_CHECKPOINT, base_model=embedded_base())
     >>> memory = model.compress(long_text)
     >>> model.reconstruct(memory)
     >>> model.generate(memory=memory, prompt="Who is it about?", max_new_tokens=32)
@@ -605,15 +627,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
 
     def _divergence(self, hidden: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         """Kullback-Leibler divergence of the next token's distribution from the teacher's, in nats per target."""
-        parts = []
-        for student_part, teacher_part in zip(
-            hidden.split(self._loss_chunk_size), teacher.split(self._loss_chunk_size), strict=True
-        ):
-            with torch.no_grad():
-                target = self._logits(teacher_part).log_softmax(dim=-1, dtype=torch.float32)  # (n, V)
-            scores = self._logits(student_part).log_softmax(dim=-1, dtype=torch.float32)
-            parts.append(F.kl_div(scores, target, reduction="none", log_target=True).sum(dim=-1))
-        return torch.cat(parts)
+        return _FrozenHeadDivergence.apply(hidden, teacher, self._logits, self._loss_chunk_size)
 
     def _cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Nats per target, of shape `(targets,)`, and in eval mode whether each target is the most likely token."""
@@ -913,7 +927,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
 
     def _check_positions(self, last: int, task: str = "instruction") -> None:
         if last >= self._num_positions:
-            what, advice = "context and prompt", "`compress(..., window=…)` takes longer documents"
+            what, advice = "context, prompt and answer", "`compress(..., window=…)` takes longer documents"
             if task == "autoencoding":
                 what, advice = "text to write out", "`memory.select_spans` gives a part of a memory"
             raise ValueError(

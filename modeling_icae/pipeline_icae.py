@@ -5,13 +5,15 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
-from transformers import AutoModel, AutoTokenizer, GenerationConfig, Pipeline
+from transformers import AutoModel, AutoTokenizer, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .memory_icae import ICAEMemory
 
 
 TASK = "icae-context-generation"
+ANSWER_LENGTH = 256  # tokens
+LENGTHS = ("max_new_tokens", "max_length")
 
 
 class ICAEContextGenerationPipeline(Pipeline):
@@ -24,7 +26,8 @@ class ICAEContextGenerationPipeline(Pipeline):
     Lists, generators and data sets of inputs are answered in batches of `batch_size`; all but lists give an iterator.
 
     The output for one input is a list of `{"generated_text": …}`, one per `num_return_sequences`; for a list of
-    prompts it is a list of such lists. All of generate's arguments can be given, here or at each call.
+    prompts it is a list of such lists. All of generate's arguments can be given, here or at each call; without a
+    length, answers have up to 256 tokens, or as many as the base has positions left for.
 
     Example:
 
@@ -42,7 +45,6 @@ class ICAEContextGenerationPipeline(Pipeline):
     _load_tokenizer = False  # the model brings its own
     _load_processor = _load_image_processor = _load_feature_extractor = _load_video_processor = False
     _pipeline_calls_generate = True
-    _default_generation_config = GenerationConfig(max_new_tokens=256)
 
     def __init__(self, model, tokenizer=None, **kwargs):
         if tokenizer is not None:
@@ -82,23 +84,30 @@ class ICAEContextGenerationPipeline(Pipeline):
         contexts = [row["context"] for row in model_inputs if "context" in row]
         compressed = iter(self.model.compress(contexts).rows() if contexts else ())
         memories = [row["memory"] if "memory" in row else next(compressed) for row in model_inputs]
-        prompts = [prompt for row in model_inputs for prompt in row["prompts"]]
+        prompts = self.model.encode_prompts([prompt for row in model_inputs for prompt in row["prompts"]])
         memory = memories[0]  # one context and many prompts: its slots are opened once
         if len(memories) > 1:
             asked = zip(memories, model_inputs, strict=True)
             memory = ICAEMemory.stack([memory for memory, row in asked for _ in row["prompts"]])
-        output = self.model.generate(memory=memory, prompt=prompts, **self._with_defaults(generate_kwargs))
+        output = self.model.generate(memory=memory, prompt=prompts, **self._with_defaults(generate_kwargs, prompts))
         sequences = getattr(output, "sequences", output)
         texts = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
         sequences_each = len(texts) // len(prompts)
         answers = (texts[first : first + sequences_each] for first in range(0, len(texts), sequences_each))
         return [row | {"answers": [next(answers) for _ in row["prompts"]]} for row in model_inputs]
 
-    def _with_defaults(self, generate_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """With what was given at the start, and the defaults of the pipeline."""
+    def _with_defaults(self, generate_kwargs: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
+        """With what was given at the start, and a length if none was."""
         if hasattr(self, "generation_config"):  # transformers 5.19 has prepared it
-            return {"generation_config": self.generation_config} | generate_kwargs
-        return self._prepare_generate_kwargs(generate_kwargs)
+            options = {"generation_config": self.generation_config} | generate_kwargs
+        else:
+            options = self._prepare_generate_kwargs(generate_kwargs)
+        configs = [self.model.generation_config, options.get("generation_config", self.model.generation_config)]
+        given = [options.get(name) for name in LENGTHS] + [getattr(one, name) for one in configs for name in LENGTHS]
+        if all(length is None for length in given):
+            # Not `max_new_tokens`, of which the base may have too few positions left.
+            options["max_length"] = max(map(len, prompts)) + ANSWER_LENGTH
+        return options
 
     def postprocess(self, model_outputs: dict[str, Any]) -> list[Any]:
         answers = [[{"generated_text": text} for text in texts] for texts in model_outputs["answers"]]

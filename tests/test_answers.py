@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from icae import ICAEForConditionalGeneration
 from icae.cli import main
-from icae.evaluation import answers
+from icae.evaluation import answers, tables
 from icae.evaluation.answer_files import AnswerFile, append_lines, read_lines
 from icae.evaluation.answers import choose_rows, draw_means, fill, long_sources, measure, minus, summarize
 from icae.evaluation.readers import (
@@ -359,6 +359,18 @@ def test_a_full_context_that_answers_nothing_right_has_no_shares(rows):
     lines = {row["row"]: {"row": row["row"], "loss": 1.0, "answer": "wrong"} for row in rows}
     summary = summarize({"full context": measure(lines, rows)}, long_sources(rows))
     assert "f1_share_of_full_context" not in summary["full context"]
+
+
+@pytest.mark.parametrize("limit", [3, 4])
+def test_answers_that_reach_the_limit_and_longer_references_are_counted(saved, limit):
+    assert main([*command(saved), "--max-new-tokens", str(limit)]) == 0
+    record = json.loads((saved / "out" / "answers.json").read_text())
+    lines = read_lines(saved / "out" / "answers" / "icae.jsonl")[1:]
+    # The tiny tokenizer has a token for each letter.
+    assert record["answers_at_the_limit"]["icae"] == sum(len(line["answer"]) >= limit for line in lines)
+    assert record["references_above_the_limit"] == sum(len(response) > limit for response in TRIPLES["response"])
+    shown = tables.answers(record)
+    assert f"Answers end after {limit} tokens at the latest" in shown and "4 references are longer" in shown
 
 
 def test_the_quick_subset_has_one_short_row_of_each_source(saved):

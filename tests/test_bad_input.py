@@ -113,7 +113,7 @@ def test_slots_with_nan(model):
 @pytest.mark.parametrize("memory_type", ["key_values", "hidden_states"])
 def test_more_tokens_than_the_base_has_positions(make_icae, memory_type):
     model = make_icae(memory_type=memory_type)
-    with pytest.raises(ValueError, match=r"Expected at most 511 tokens of context and prompt, .* got"):
+    with pytest.raises(ValueError, match=r"Expected at most 511 tokens of context, prompt and answer, .* got"):
         model.generate("x" * 600, "Who?")
 
 

@@ -168,6 +168,28 @@ def test_prompts_are_answered_from_texts_and_from_a_memory(options, answer, tmp_
     assert capsys.readouterr().out == answer("Who?") + answer("When?")
 
 
+def test_texts_beyond_the_positions_of_the_base_take_a_window(options, tmp_path, capsys):
+    text, memory = tmp_path / "long.txt", str(tmp_path / "long.safetensors")
+    text.write_text("The keeper counts every vessel. " * 30)
+    ask = ["ask", *options, "--prompt", "Who?"]
+    assert main([*ask, "--context", str(text)]) == 2
+    assert "`compress(..., window=…)` takes longer documents" in capsys.readouterr().err
+    assert main([*ask, "--context", str(text), "--window", "256"]) == 0
+    said = capsys.readouterr()
+    assert "960 tokens in 240 slots" in said.err and "Compressing" in said.err
+    assert main(["compress", str(text), "-o", memory, "--window", "256", *options]) == 0
+    assert "Compressing" in capsys.readouterr().err
+    assert main([*ask, "--memory", memory]) == 0
+    assert capsys.readouterr().out == said.out
+
+
+def test_an_answer_ends_where_the_positions_of_the_base_do(options, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("x" * 470)
+    ask = ["ask", *options, "--context", str(tmp_path / "text.txt"), "--prompt", "?"]
+    assert main([*ask, "--max-new-tokens", "128"]) == 0
+    assert capsys.readouterr().out
+
+
 def test_typed_prompts_are_answered_until_an_empty_line(options, answer, tmp_path, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text(TEXT)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Who?\nWhen?\n\nWhere?\n"))
@@ -181,6 +203,7 @@ def test_typed_prompts_are_answered_until_an_empty_line(options, answer, tmp_pat
         (["--prompt", "Who?"], "Expected either `--context` or `--memory`, got neither or both"),
         (["--context", "a", "--memory", "b"], "Expected either `--context` or `--memory`, got neither or both"),
         (["--context", "-"], "Expected `--prompt` beside a context from standard input"),
+        (["--memory", "a", "--window", "64"], "Expected `--window` with `--context`, which is compressed now"),
     ],
 )
 def test_ask_says_what_is_missing(arguments, message, capsys):

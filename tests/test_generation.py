@@ -385,7 +385,7 @@ def test_answers_of_no_given_length_end_where_the_positions_of_the_base_do(make_
         options = {"do_sample": False, "suppress_tokens": [0, 1, 2, 3, 4], **length}
         assert 1 <= room < 20
         assert model.generate(memory=memory, prompt=prompt, **options).shape == (1, room)
-        with pytest.raises(ValueError, match=f"Expected at most {limit - 1} tokens of context and prompt"):
+        with pytest.raises(ValueError, match=f"Expected at most {limit - 1} tokens of context, prompt and answer"):
             model.generate(memory=memory, prompt=prompt, max_new_tokens=room + 1)
 
 

@@ -81,6 +81,19 @@ def test_a_document_longer_than_the_base_s_positions_is_compressed_window_by_win
     assert model.generate(memory=memory, prompt="?", max_new_tokens=3).shape == (1, 3)
 
 
+def test_a_pass_reads_as_many_tokens_of_a_long_document_as_of_a_short_one(make_icae):
+    model, sizes = make_icae(), []
+    model.language_model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(kwargs["inputs_embeds"].shape), with_kwargs=True
+    )
+    most = []
+    for length in (16 * 4, 16 * 80):
+        sizes.clear()
+        model.compress([[7] * length], window=256, max_spans_per_batch=4)
+        most.append(max(rows * columns for rows, columns, _ in sizes))
+    assert most[0] == most[1]
+
+
 def test_a_window_goes_on_where_it_was_when_text_is_added(make_icae):
     model = make_icae()
     ids = torch.randint(5, 100, (1, 128), generator=GENERATOR)

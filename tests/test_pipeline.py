@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TextIteratorStreamer, pipeline
+from transformers import GenerationConfig, TextIteratorStreamer, pipeline
 
 from icae import ICAEContextGenerationPipeline
 from tiny import make_base
@@ -36,6 +36,30 @@ def test_an_input_is_answered_as_by_generate(pipe):
     assert isinstance(pipe, ICAEContextGenerationPipeline)
     for question in QUESTIONS:
         assert pipe(question, **OPTIONS) == answer(pipe.model, question)
+
+
+def test_without_a_length_answers_end_after_256_tokens_or_where_the_positions_do(make_icae):
+    model = make_icae()
+    model.generation_config.suppress_tokens = [model.end_token_ids[0], *range(5)]
+    pipe = pipeline(TASK, model=model, do_sample=False)
+    short, long = ({"context": "x" * length, "prompt": "?"} for length in (10, 400))
+    lengths = []
+    generate = model.generate
+
+    def count(*args, **kwargs):
+        output = generate(*args, **kwargs)
+        lengths.append(output.shape[1])
+        return output
+
+    model.generate = count
+    pipe(short), pipe(long)
+    assert lengths[0] == 256 and 1 < lengths[1] < 112
+    pipe(long, max_new_tokens=7), pipe(long, generation_config=GenerationConfig(max_new_tokens=6))
+    model.generation_config.max_new_tokens = 5
+    pipe(long)
+    assert lengths[2:] == [7, 6, 5]
+    with pytest.raises(ValueError, match="Expected at most 511 tokens of context, prompt and answer"):
+        pipe(long, max_new_tokens=256)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])

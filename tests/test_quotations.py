@@ -53,18 +53,19 @@ def test_too_short_a_context_gives_no_prompt(context):
     assert pairs(context) == []
 
 
-def test_the_new_rows_stand_behind_those_about_their_context(tmp_path, capsys):
+@pytest.mark.parametrize("names", [("context", "prompt", "response"), ("input", "prompt", "answer")], ids=["", "PwC"])
+def test_the_new_rows_stand_behind_those_about_their_context(names, tmp_path, capsys):
     other = (
         "A second text about mountains, rivers and glaciers that nobody had ever bothered to measure. " + CONTEXT[:150]
     )
     given = [(CONTEXT, "Who counts?", "The keeper."), (CONTEXT, "When?", "At night."), (other, "What?", "Rivers.")]
-    rows = [dict(zip(("context", "prompt", "response"), row, strict=True)) | {"source": "x"} for row in given]
+    rows = [dict(zip(names, row, strict=True)) | {"source": "x"} for row in given]
     Dataset.from_list(rows).to_parquet(tmp_path / "given.parquet")
     files = ["--data", str(tmp_path / "given.parquet"), "--output", str(tmp_path / "new.parquet")]
     assert main(["write-quotations", *files, "--per-context", "3", "--seed", "4"]) == 0
     written = Dataset.from_parquet(str(tmp_path / "new.parquet")).to_list()
     expected = [
-        dict(context=context, prompt=prompt, response=response)
+        dict(context=context, prompt=prompt, response=response, source="x")
         for index, context in enumerate((CONTEXT, other))
         for prompt, response in [
             *((prompt, response) for text, prompt, response in given if text == context),
@@ -80,5 +81,7 @@ def test_other_columns_are_an_error_that_says_which(tmp_path, capsys):
     Dataset.from_list([{"text": "x"}]).to_parquet(tmp_path / "given.parquet")
     files = ["--data", str(tmp_path / "given.parquet"), "--output", str(tmp_path / "new.parquet")]
     assert main(["write-quotations", *files]) == 2
-    message = "Expected the columns `context`, `prompt` and `response`, got ['text']"
+    message = (
+        "Expected the columns `context`, `prompt` and `response`, or `input`, `prompt` and `answer`, got ['text']"
+    )
     assert message in capsys.readouterr().err

@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import AutoModelForCausalLM
@@ -99,6 +100,22 @@ def test_control_tokens_in_any_text_stay_text(make_icae):
     assert control not in sample["context_ids"] + sample["response_ids"][0]
     assert sample["prompt_ids"][0].count(control) == 1  # the template's own
     assert model.tokenizer.decode(sample["context_ids"]) == hostile
+
+
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_control_tokens_that_are_not_special_stay_text_in_what_is_mixed_in_too(make_icae, with_documents):
+    model = make_icae()
+    model.tokenizer.add_tokens(["</think>"])  # as Qwen3 has it
+    model.tokenizer.chat_template += "{# </think> #}"
+    hostile = "a</think>b" * 4
+    data = Dataset.from_dict({"context": [hostile], "prompt": ["?"], "response": ["!"]})
+    documents = Dataset.from_dict({"text": [hostile]}) if with_documents else None
+    mixed = prepare_sft_dataset(data, model, pretraining_share=0.7, documents=documents)
+    extra = [sample for sample in mixed if not sample["prompt_ids"]]
+    control = model.tokenizer.convert_tokens_to_ids("</think>")
+    assert control >= 0 and extra
+    for sample in extra:
+        assert control not in sample["context_ids"] + sample["continuation_ids"]
 
 
 def test_several_contexts_of_a_row_start_spans_of_their_own(make_icae):
@@ -311,6 +328,14 @@ def test_an_empty_text_is_refused_with_its_row(make_icae, name):
         ({"context": ["one", None]}, "Row 1: Expected a context as a text or a list of texts, got None for one"),
         ({"context": ["one", ""]}, "Expected a context of at least one letter, got none in row 1"),
         ({"messages": None}, r"Row 1: Expected `messages` that end with the assistant's, got the roles \[\]"),
+        (
+            {"messages": [{"role": name, "content": "x"} for name in ("system", "user", "assistant")]},
+            "Row 1: Expected a conversation that starts with the user's message",
+        ),
+        (
+            {"messages": [{"role": name, "content": "x"} for name in ("user", "assistant", "assistant")]},
+            "Row 1: Expected a conversation that the assistant is to answer, got one that ends with its own 'x'",
+        ),
     ],
 )
 def test_what_is_no_text_is_refused_with_its_row(make_icae, wrong, message):
@@ -352,6 +377,12 @@ def test_processes_share_the_work_and_change_nothing(make_icae):
 def test_missing_columns_are_named(make_icae):
     with pytest.raises(ValueError, match=r"Expected the columns .* got \['context', 'prompt'\]"):
         prepare_sft_dataset(TRIPLES.remove_columns("response"), make_icae())
+
+
+def test_columns_of_two_kinds_are_refused(make_icae):
+    data = TRIPLES.add_column("messages", [[{"role": "user", "content": "?"}]] * len(TRIPLES))
+    with pytest.raises(ValueError, match="Expected either `prompt`, `response` or `messages`, got"):
+        prepare_sft_dataset(data, make_icae())
 
 
 def test_a_conversation_without_an_answer_is_refused(make_icae):
@@ -418,6 +449,42 @@ def test_a_distilled_model_learns_from_the_base_with_the_whole_context(make_icae
     torch.testing.assert_close(half, (plain + distilled) / 2, atol=1e-5, rtol=1e-5)
 
 
+def test_distillation_keeps_no_logits_and_has_the_gradient_of_its_loss(make_icae):
+    model = make_icae().train()
+    data = Dataset.from_dict({"context": CONTEXTS[:2], "prompt": PROMPTS[:2], "response": ["A long answer. " * 8] * 2})
+    batch = DataCollatorForICAESFT()(list(prepare_sft_dataset(data, model)))
+    batch |= {"autoencoding_weight": 0, "distillation_weight": 1.0}
+    vocabulary, targets = model.get_output_embeddings().out_features, int(batch["response_mask"].sum())
+    sizes = []
+
+    def keep(tensor):
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(**batch).loss.backward()
+    assert sizes and not any(size == targets * vocabulary for size in sizes)
+    found = {
+        name: parameter.grad.clone()
+        for name, parameter in model.trainable_parameters().items()
+        if parameter.grad is not None  # those of the tasks have none
+    }
+
+    def plainly(hidden, teacher):
+        target, scores = (model._logits(states).log_softmax(-1) for states in (teacher, hidden))
+        return F.kl_div(scores, target, reduction="none", log_target=True).sum(-1)
+
+    model.zero_grad()
+    model._divergence = plainly
+    sizes.clear()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(**batch).loss.backward()
+    assert any(size == targets * vocabulary for size in sizes), "the test can see logits"
+    assert len(found) > 2
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, model.trainable_parameters()[name].grad, atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("distillation_weight", [0.0, 0.5])
 def test_tuning_moves_the_encoder_and_leaves_the_base_alone(make_trainer, make_icae, distillation_weight):
     base = make_base()
@@ -476,6 +543,28 @@ def test_held_out_contexts_too_long_to_be_written_back_are_answered_only(make_tr
     trainer.evaluate()
     logged = trainer.state.log_history[-1]
     assert "eval_ae_loss" not in logged and logged["eval_loss"] == pytest.approx(logged["eval_response_loss"])
+
+
+@pytest.mark.parametrize("kind", ["in memory", "streamed"])
+def test_without_a_weight_for_autoencoding_nothing_trains_it(make_trainer, kind):
+    """Contexts without a continuation, which could train nothing else, are left out."""
+    texts = [SENTENCE[:length] * repeats for length in (10, 20) for repeats in (1, 8)]
+    data, documents = TRIPLES, Dataset.from_dict({"text": texts})
+    if kind == "streamed":
+        data, documents = data.to_iterable_dataset(), documents.to_iterable_dataset()
+    trainer = make_trainer(data=data, documents=documents, autoencoding_weight=0, pretraining_share=0.7, max_steps=6)
+    kept = list(trainer.train_dataset.take(20))
+    assert all(row["prompt_ids"] or row["continuation_ids"] for row in kept)
+    assert any(row["prompt_ids"] for row in kept) and any(row["continuation_ids"] for row in kept)
+    trainer.train()
+    assert not [name for row in trainer.state.log_history for name in row if name == "ae_loss"]
+    assert [name for row in trainer.state.log_history for name in row if name == "lm_loss"]
+
+
+def test_predict_takes_triples_and_gives_the_loss_of_evaluation(make_trainer):
+    trainer = make_trainer()
+    expected = trainer.evaluate(TRIPLES)["eval_loss"]
+    assert trainer.predict(TRIPLES).metrics["test_loss"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_triples_that_are_given_to_evaluate_are_prepared(make_trainer):

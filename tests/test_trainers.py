@@ -2,7 +2,7 @@ import json
 import os
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import yaml
 from datasets import Dataset
 from peft import LoraConfig
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from trl import SFTConfig
 
 from icae import ICAEForConditionalGeneration
 from icae.trainers import ICAEPretrainingConfig, ICAEPretrainingTrainer
@@ -194,6 +195,22 @@ def test_a_second_adapter_is_refused(make_icae, tmp_path):
         ICAEPretrainingTrainer(make_icae(), args, DOCUMENTS, peft_config=LoraConfig())
 
 
+def test_the_name_of_a_model_is_refused(tmp_path):
+    args = ICAEPretrainingConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(
+        TypeError, match=r"Expected a model, got the name 'org/icae'; load it with .*is_trainable=True"
+    ):
+        ICAEPretrainingTrainer("org/icae", args, DOCUMENTS)
+
+
+@pytest.mark.parametrize("args", [None, SFTConfig], ids=["none", "TRL's"])
+def test_arguments_that_are_not_this_trainer_s_are_refused(make_icae, args, tmp_path):
+    given = args and args(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False)
+    found = "SFTConfig" if args else "NoneType"
+    with pytest.raises(TypeError, match=f"Expected `args` to be an ICAEPretrainingConfig, got {found}"):
+        ICAEPretrainingTrainer(make_icae(), given, DOCUMENTS)
+
+
 def test_a_frozen_model_is_refused(make_icae, tmp_path):
     model = make_icae()
     model._make_trainable(False)
@@ -328,13 +345,27 @@ def test_data_must_be_named(command_line, capsys):
     assert "Expected `dataset_name` or `train_files`, got neither" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["in memory", "streamed"])
+def test_of_triples_train_samples_keep_those_about_one_context_together(tmp_path, kind):
+    file = str(tmp_path / "triples.parquet")
+    rows = [{"context": f"text {n // 3}", "prompt": f"{n}?", "response": "x"} for n in range(60)]
+    Dataset.from_list(rows).to_parquet(file)
+    script = ScriptArguments(train_files=[file], train_samples=20, streaming=kind == "streamed")
+    first, again, other = (list(load_data(script, seed)[0]) for seed in (1, 1, 2))
+    assert first == again != other and len(first) == 20 and all(row in rows for row in first)
+    groups = [list(group) for _, group in groupby(first, lambda row: row["context"])]
+    if kind == "in memory":
+        assert [len(group) for group in groups] == [3] * 6 + [2]
+        assert first != rows[:20] and Dataset.from_list(rows).column_names == list(first[0])
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_train_samples_are_drawn_with_the_seed_and_evaluation_keeps_its_own(command_line, streaming):
     files = [str(command_line / "train.parquet")]
     script = ScriptArguments(train_files=files, eval_files=files, train_samples=3, streaming=streaming)
-    first, again, other = ([row["text"] for row in load_data(script, seed)[0]] for seed in (1, 1, 2))
+    first, again, other = ([row["text"] for row in load_data(script, seed, "text")[0]] for seed in (1, 1, 2))
     assert len(first) == 3 and first == again != other and set(first) < set(DOCUMENTS["text"])
-    assert len(load_data(script, 1)[1]) == len(DOCUMENTS)
+    assert len(load_data(script, 1, "text")[1]) == len(DOCUMENTS)
 
 
 def test_of_each_file_of_documents_so_many_characters_are_drawn_with_the_seed(tmp_path):

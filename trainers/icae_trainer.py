@@ -35,6 +35,8 @@ from icae.model_cards.card import PAPER, TAGS
 from icae.model_cards.facts import is_hub_id
 from icae.modeling_icae import ICAEForConditionalGeneration, ICAEOutput
 
+from .training_config import ICAETrainingConfig
+
 
 logger = logging.get_logger(__name__)
 SHORT_NAMES = {"autoencoding": "ae", "continuation": "lm", "instruction": "response"}
@@ -63,6 +65,7 @@ class ICAETrainer(SFTTrainer):
             As in `transformers.Trainer`.
 
     Raises:
+        `TypeError`: if the model is a name, or `args` are another trainer's or none.
         `ValueError`: if the model is frozen, a `peft_config` or several sets to evaluate on are given, one process has
             several GPUs, or the base has too few positions for a context of the training data.
 
@@ -78,6 +81,7 @@ class ICAETrainer(SFTTrainer):
     model: ICAEForConditionalGeneration
     push_in_progress: PushInProgress | None = None
     _collator: Callable[[], Any]
+    _arguments: type[ICAETrainingConfig]
 
     def __init__(
         self,
@@ -96,6 +100,13 @@ class ICAETrainer(SFTTrainer):
                 "would also change the frozen decoder. Set `lora_r`, `lora_alpha` and `lora_target_modules` in "
                 "`ICAEConfig`."
             )
+        if isinstance(model, str):
+            raise TypeError(
+                f"Expected a model, got the name {model!r}; load it with "
+                "`ICAEForConditionalGeneration.from_pretrained(..., is_trainable=True)`."
+            )
+        if not isinstance(args, self._arguments):
+            raise TypeError(f"Expected `args` to be an {self._arguments.__name__}, got {type(args).__name__}.")
         if not any(parameter.requires_grad for parameter in model.trainable_parameters().values()):
             raise ValueError("Expected a trainable model, got a frozen one; load it with `is_trainable=True`.")
         if args.n_gpu > 1:
@@ -213,6 +224,11 @@ class ICAETrainer(SFTTrainer):
                 "`per_device_eval_batch_size`, or shuffle the rows."
             )
         return logs
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        """As in `transformers.Trainer`, the loss of a data set as `eval_dataset` may be; without predictions."""
+        samples = self._prepare_held_out(test_dataset, self.model, self.args)
+        return super().predict(samples, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not self.model.training:

@@ -16,6 +16,8 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from icae.modeling_icae.chat_icae import encode_plain
+
 
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 IDS = List(Value("int64"))
@@ -106,9 +108,8 @@ def prepare_pretraining_dataset(
             shuffle_words(text, rng) if shuffle else text
             for text, rng, shuffle in zip(batch[text_column], rngs, shuffled, strict=True)
         ]
-        documents = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         samples = []
-        for ids, rng, shuffle in zip(documents, rngs, shuffled, strict=True):
+        for ids, rng, shuffle in zip(encode_plain(tokenizer, texts), rngs, shuffled, strict=True):
             samples += cut_document(
                 ids,
                 rng,

@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import concatenate_datasets, load_dataset
+from datasets import Dataset, concatenate_datasets, load_dataset
 
 from icae.configuration_icae import ICAEConfig
 from icae.dtypes import resolve_dtype
@@ -39,7 +40,11 @@ class ScriptArguments:
     eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
     streaming: bool = field(default=False, metadata={"help": "Stream the data set instead of downloading it."})
     train_samples: int | None = field(
-        default=None, metadata={"help": "So many rows of the training data, drawn with `seed`. Default: all."}
+        default=None,
+        metadata={
+            "help": "So many rows of the training data, drawn with `seed`; of triples in memory, those about one "
+            "context together. Default: all."
+        },
     )
     document_characters: int | None = field(
         default=None,
@@ -154,8 +159,21 @@ def load_data(script: ScriptArguments, seed: int, text_column: str | None = None
     elif script.eval_split and not script.train_files:
         evaluation = load_dataset(*name, split=script.eval_split, streaming=streaming)
     if script.train_samples is not None:
-        train = train.shuffle(seed=seed).take(script.train_samples)
+        if text_column is None and not streaming:
+            train = shuffle_contexts(train, seed)
+        else:
+            train = train.shuffle(seed=seed)
+        train = train.take(script.train_samples)
     return train, evaluation
+
+
+def shuffle_contexts(triples: Dataset, seed: int) -> Dataset:
+    """Shuffles triples so that neighbours about the same context stay together, which `max_prompts` asks for."""
+    column = "input" if "input" in triples.column_names else "context"  # PwC's own name
+    groups = groupby(enumerate(triples[column]), lambda row: row[1])
+    indices = [[index for index, _ in group] for _, group in groups]
+    order = np.random.default_rng(seed).permutation(len(indices))
+    return triples.select([index for group in order for index in indices[group]])
 
 
 def data_sources(script: ScriptArguments) -> list[DataSource]:

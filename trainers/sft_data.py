@@ -65,8 +65,9 @@ def prepare_sft_dataset(
     context).
 
     Columns of triples are `context`, `prompt`, `response` or PwC's `input`, `prompt`, `answer`; or `context` and
-    `messages`, a conversation about the context whose last message, the assistant's, is the response. A context may be
-    a list of texts, each of which is compressed apart.
+    `messages`, a conversation about the context whose last message, the assistant's, is the response, and whose first
+    one is the user's: a template puts a system's in front of the context, where no row can have one of its own. A
+    context may be a list of texts, each of which is compressed apart.
 
     Args:
         dataset (`Dataset` or `IterableDataset`): the triples.
@@ -92,9 +93,9 @@ def prepare_sft_dataset(
         num_proc (`int`, *optional*): processes that tokenise data sets in memory.
 
     Raises:
-        `ValueError`: if columns are missing, a text is empty or none, no row is left, `documents` come without a share
-            for them, in another form than the triples, or without a token, or a `shuffled_share` comes without
-            documents.
+        `ValueError`: if columns are missing or of two kinds, a text is empty or none, a conversation is of another
+            form, no row is left, `documents` come without a share for them, in another form than the triples, or
+            without a token, or a `shuffled_share` comes without documents.
     """
     if documents is not None and not pretraining_share:
         raise ValueError("Expected a `pretraining_share` above 0 with `documents`, got 0; say how many to mix in.")
@@ -117,6 +118,9 @@ def prepare_sft_dataset(
             "Expected the columns `context`, `prompt`, `response`, or `input`, `prompt`, `answer`, or `context`, "
             f"`messages`, got {columns}; rename them."
         )
+
+    if {"response", "messages"} <= set(columns):
+        raise ValueError(f"Expected either `prompt`, `response` or `messages`, got {columns}; remove one of them.")
 
     if isinstance(dataset, Dataset) and max_prompts > 1:
         hashes = [hash(str(context)) for context in dataset["context"]]  # texts would fill the memory

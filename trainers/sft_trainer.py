@@ -39,6 +39,7 @@ class ICAESFTTrainer(ICAETrainer):
     _name = "ICAE SFT"
     args: ICAESFTConfig
     _collator = DataCollatorForICAESFT
+    _arguments = ICAESFTConfig
 
     def __init__(self, model, args, train_dataset, eval_dataset=None, *arguments, documents=None, **options):
         self._documents = documents
@@ -49,7 +50,7 @@ class ICAESFTTrainer(ICAETrainer):
             if training and self._documents is not None:
                 raise ValueError("Expected triples with `documents`, got samples; give `documents` to what made them.")
             return dataset
-        return prepare_sft_dataset(
+        samples = prepare_sft_dataset(
             dataset,
             model,
             max_prompts=args.max_prompts if training else 1,
@@ -62,6 +63,9 @@ class ICAESFTTrainer(ICAETrainer):
             seed=args.seed if args.data_seed is None else args.data_seed,
             num_proc=args.dataset_num_proc,
         )
+        if args.autoencoding_weight == 0:
+            samples = samples.filter(_trains_without_autoencoding, input_columns=["prompt_ids", "continuation_ids"])
+        return samples
 
     def _document_lengths(self, dataset: Dataset) -> Iterator[int]:
         rows = dataset.select_columns(["length", "prompt_ids"])
@@ -112,3 +116,8 @@ class ICAESFTTrainer(ICAETrainer):
                 results["f1"].append(token_f1(answer, reference))
                 results["exact_match"].append(exact_match(answer, reference))
         return {name: sum(values) / len(values) for name, values in results.items() if values}
+
+
+def _trains_without_autoencoding(prompt_ids: list[list[int]], continuation_ids: list[int]) -> bool:
+    """Whether a sample has another target than its context."""
+    return bool(prompt_ids or continuation_ids)

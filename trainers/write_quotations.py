@@ -3,16 +3,20 @@
 
 Reconstruction reads a memory from its first token to its last; an answer must find its place in it first. These rows
 train the finding: which words come after a quotation, which are missing in one, which sentence has these words. They
-stand behind the given rows about the same context, with which they share its encoder pass in `icae sft`.
+stand behind the given rows about the same context, with which they share its encoder pass in `icae sft`, and have
+their other columns (a source) from the last of these.
 """
 
 import argparse
 import re
 from collections.abc import Iterator
 from itertools import groupby, pairwise
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, load_dataset
+
+from .sft_data import PWC_NAMES
 
 
 QUOTED_WORDS = (4, 8)  # of a quotation in a prompt, at least and at most
@@ -70,15 +74,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     dataset = load_dataset("parquet", data_files=arguments.data, split="train")
+    if {"input", "prompt", "answer"} <= {*dataset.column_names}:
+        dataset = dataset.rename_columns(PWC_NAMES)
     if not {*COLUMNS} <= {*dataset.column_names}:
-        raise ValueError(f"Expected the columns `context`, `prompt` and `response`, got {dataset.column_names}.")
+        raise ValueError(
+            "Expected the columns `context`, `prompt` and `response`, or `input`, `prompt` and `answer`, got "
+            f"{dataset.column_names}."
+        )
 
-    def rows() -> Iterator[dict[str, str]]:
-        groups = groupby(dataset.select_columns(list(COLUMNS)), lambda row: row["context"])
-        for index, (context, given) in enumerate(groups):
-            yield from given
+    def rows() -> Iterator[dict[str, Any]]:
+        for index, (context, group) in enumerate(groupby(dataset, lambda row: row["context"])):
+            yield from (given := list(group))
             new = quotations(context, arguments.per_context, np.random.default_rng([arguments.seed, index]))
-            yield from (dict(zip(COLUMNS, (context, *pair), strict=True)) for pair in new)
+            yield from (given[-1] | {"prompt": prompt, "response": response} for prompt, response in new)
 
     written = Dataset.from_list(list(rows()))
     written.to_parquet(arguments.output)

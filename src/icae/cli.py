@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--context", nargs="+", metavar="FILE", help="text files, or - for standard input")
     ask.add_argument("--memory", metavar="FILE", help="memory file, instead of texts")
     ask.add_argument("--prompt", nargs="+", metavar="TEXT", help="what to ask")
-    ask.add_argument("--max-new-tokens", type=int, default=128, help="length of an answer (default: 128)")
+    ask.add_argument("--max-new-tokens", type=int, default=128, help="most tokens of an answer (default: 128)")
     ask.set_defaults(run=_ask)
 
     demo = commands.add_parser("demo", help="compress passages of several kinds and show what comes back")
@@ -84,6 +84,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", help="also write the results to this file")
     demo.set_defaults(run=_demo)
 
+    for command in (compress, ask):
+        command.add_argument(
+            "--window",
+            type=int,
+            metavar="TOKENS",
+            help="for texts that are longer than the base has positions for: positions start again after so many",
+        )
     for command in (compress, reconstruct, ask, demo):
         command.add_argument("--model", help="folder or Hub id of an ICAE (default: the embedded checkpoint)")
         command.add_argument("--base", help="folder or Hub id of its base, if not where the ICAE says")
@@ -155,7 +162,8 @@ def _compress(arguments: argparse.Namespace) -> None:
     text = _read_text(arguments.text)
     if not (folder := Path(arguments.output).parent).is_dir():
         raise ValueError(f"Expected a folder for the memory file, found no {str(folder)!r}; make it first.")
-    memory = load_model(arguments.model, arguments.base, arguments.dtype).compress(text)
+    model = load_model(arguments.model, arguments.base, arguments.dtype)
+    memory = model.compress(text, window=arguments.window, progress=True)
     memory.save(arguments.output)
     print(
         f"{int(memory.num_tokens)} tokens -> {int(memory.num_slots)} slots, {memory.nbytes:,} bytes: "
@@ -178,25 +186,26 @@ def _ask(arguments: argparse.Namespace) -> None:
 
     if (arguments.context is None) == (arguments.memory is None):
         raise ValueError("Expected either `--context` or `--memory`, got neither or both.")
+    if arguments.memory and arguments.window is not None:
+        raise ValueError("Expected `--window` with `--context`, which is compressed now, got it with `--memory`.")
     if arguments.context and "-" in arguments.context and arguments.prompt is None:
         raise ValueError("Expected `--prompt` beside a context from standard input, which prompts would come from.")
     texts = [_read_text(name) for name in arguments.context or ()]
     model = load_model(arguments.model, arguments.base, arguments.dtype)
-    memory = ICAEMemory.load(arguments.memory) if arguments.memory else model.compress([texts], progress=True)
+    if arguments.memory:
+        memory = ICAEMemory.load(arguments.memory)
+    else:
+        memory = model.compress([texts], window=arguments.window, progress=True)
     print(f"{int(memory.num_tokens)} tokens in {int(memory.num_slots)} slots", file=sys.stderr)
     streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    for prompt in arguments.prompt or _typed_prompts():
-        model.generate(
-            memory=memory,
-            prompt=prompt,
-            max_new_tokens=arguments.max_new_tokens,
-            do_sample=False,
-            streamer=streamer,
-        )
+    for prompt in model.encode_prompts(arguments.prompt) if arguments.prompt else _typed_prompts(model):
+        # Not `max_new_tokens`, of which the base may have too few positions left.
+        length = {"max_length": len(prompt) + arguments.max_new_tokens, "max_new_tokens": None}
+        model.generate(memory=memory, prompt=prompt, **length, do_sample=False, streamer=streamer)
 
 
-def _typed_prompts() -> Iterator[str]:
-    """What is typed line by line, until an empty line or the end."""
+def _typed_prompts(model) -> Iterator[list[int]]:
+    """What is typed line by line, until an empty line or the end, as token ids."""
     while True:
         try:
             prompt = input("> " if sys.stdin.isatty() else "").strip()
@@ -204,7 +213,7 @@ def _typed_prompts() -> Iterator[str]:
             return
         if not prompt:
             return
-        yield prompt
+        yield from model.encode_prompts([prompt])
 
 
 def _is_memory(name: str) -> bool:

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from .evaluation.readers import TokenReader
 from .modeling_icae import GREEDY, ICAEForConditionalGeneration, ICAEMemory
+from .modeling_icae.chat_icae import encode_plain
 
 
 COLUMN = 58  # characters
@@ -106,7 +107,7 @@ def answer(model: ICAEForConditionalGeneration, memory: ICAEMemory, context: str
 
 def tokenize(model: ICAEForConditionalGeneration, text: str) -> list[int]:
     """The token ids that `compress` sees."""
-    return model.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return encode_plain(model.tokenizer, [text])[0]
 
 
 @torch.no_grad()
