@@ -83,25 +83,22 @@ class _Text:
         return _Text(self.embeds[rows], self.mask[rows], self.labels[rows], self.label_mask[rows])
 
 
-class _FrozenHeadCrossEntropy(torch.autograd.Function):
-    """Cross entropy through a frozen head, chunk by chunk: the forward pass also makes the gradient of the hidden
-    states, so that never more than `chunk_size * vocab_size` logits exist and no logits are kept."""
+class _FrozenHeadLoss(torch.autograd.Function):
+    """A loss through a frozen head, chunk by chunk: the forward pass also makes the gradient of the hidden states, so
+    that never more than `chunk_size * vocab_size` logits exist and no logits are kept. `loss_of` gives the losses of
+    some logits and targets, and the gradient of these logits."""
 
     @staticmethod
-    def forward(ctx, hidden, labels, head, chunk_size):
+    def forward(ctx, hidden, targets, loss_of, head, chunk_size):
         losses, grads = [], []
         needs_grad = ctx.needs_input_grad[0]
-        for states, targets in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True):
+        for states, part in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
             with torch.set_grad_enabled(needs_grad):
                 states = states.detach().requires_grad_(needs_grad)
                 logits = head(states)  # (n, V)
-            # In place, because on a CPU each new tensor of this size costs more than the arithmetic on it.
-            scores = logits.detach().to(torch.float32, copy=True)
-            top, target = scores.amax(dim=-1, keepdim=True), scores.gather(1, targets[:, None])
-            total = scores.sub_(top).exp_().sum(dim=-1, keepdim=True)
-            losses.append((total.log() + top - target)[:, 0])
+            loss, grad_logits = loss_of(logits.detach(), part)
+            losses.append(loss)
             if needs_grad:
-                grad_logits = scores.div_(total).scatter_add_(1, targets[:, None], torch.full_like(target, -1.0))
                 grads.append(torch.autograd.grad(logits, states, grad_logits.to(logits.dtype))[0])
         if needs_grad:
             ctx.save_for_backward(torch.cat(grads))
@@ -110,29 +107,24 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_losses):
         (grad_hidden,) = ctx.saved_tensors
-        return (grad_hidden * grad_losses[:, None]).to(grad_hidden.dtype), None, None, None
+        return (grad_hidden * grad_losses[:, None]).to(grad_hidden.dtype), None, None, None, None
 
 
-class _FrozenHeadDivergence(_FrozenHeadCrossEntropy):
-    """The same for the Kullback-Leibler divergence from what a teacher's hidden states say."""
+def _chunk_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of logits `(n, V)` and labels `(n,)`: the losses `(n,)` and their gradient `(n, V)`, in float32."""
+    # In place, because on a CPU each new tensor of this size costs more than the arithmetic on it.
+    scores = logits.to(torch.float32, copy=True)
+    top, target = scores.amax(dim=-1, keepdim=True), scores.gather(1, labels[:, None])
+    total = scores.sub_(top).exp_().sum(dim=-1, keepdim=True)
+    losses = (total.log() + top - target)[:, 0]
+    return losses, scores.div_(total).scatter_add_(1, labels[:, None], torch.full_like(target, -1.0))
 
-    @staticmethod
-    def forward(ctx, hidden, teacher, head, chunk_size):
-        losses, grads = [], []
-        needs_grad = ctx.needs_input_grad[0]
-        for states, taught in zip(hidden.split(chunk_size), teacher.split(chunk_size), strict=True):
-            with torch.set_grad_enabled(needs_grad):
-                states = states.detach().requires_grad_(needs_grad)
-                logits = head(states)  # (n, V)
-            target = head(taught).log_softmax(dim=-1, dtype=torch.float32)
-            scores = logits.detach().log_softmax(dim=-1, dtype=torch.float32)
-            losses.append(F.kl_div(scores, target, reduction="none", log_target=True).sum(dim=-1))
-            if needs_grad:
-                grad_logits = scores.exp_().sub_(target.exp_())
-                grads.append(torch.autograd.grad(logits, states, grad_logits.to(logits.dtype))[0])
-        if needs_grad:
-            ctx.save_for_backward(torch.cat(grads))
-        return torch.cat(losses)
+
+def _chunk_divergence(logits: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of the Kullback-Leibler divergence from a teacher's logits `(n, V)`."""
+    scores, target = (one.log_softmax(dim=-1, dtype=torch.float32) for one in (logits, teacher))
+    losses = F.kl_div(scores, target, reduction="none", log_target=True).sum(dim=-1)
+    return losses, scores.exp_().sub_(target.exp_())
 
 
 class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
@@ -627,11 +619,15 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
 
     def _divergence(self, hidden: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         """Kullback-Leibler divergence of the next token's distribution from the teacher's, in nats per target."""
-        return _FrozenHeadDivergence.apply(hidden, teacher, self._logits, self._loss_chunk_size)
+
+        def loss_of(logits: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return _chunk_divergence(logits, self._logits(states))
+
+        return _FrozenHeadLoss.apply(hidden, teacher, loss_of, self._logits, self._loss_chunk_size)
 
     def _cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Nats per target, of shape `(targets,)`, and in eval mode whether each target is the most likely token."""
-        losses = _FrozenHeadCrossEntropy.apply(hidden, labels, self._logits, self._loss_chunk_size)
+        losses = _FrozenHeadLoss.apply(hidden, labels, _chunk_cross_entropy, self._logits, self._loss_chunk_size)
         if self.training:
             return losses, None
         with torch.no_grad():
