@@ -154,7 +154,9 @@ the same size, tuned on {tuned_on} with the full context ([how long](results/REA
 
 
 def _limits(record: Record) -> str:
-    """What bounds answers and contexts, and how often it does."""
+    """What bounds answers and contexts, and how often it does; records of earlier versions do not say."""
+    if "answers_at_the_limit" not in record:
+        return ""
     arguments, cut = record["arguments"], record["answers_at_the_limit"]
     limit, longest = arguments["max_new_tokens"], arguments["max_context_length"]
     longer, left_out = record["references_above_the_limit"], record["rows_left_out_as_too_long"]

@@ -716,8 +716,8 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
 
         cache, memory_mask, end = self._open(memory, self._prefix(task), task)
         if task == "instruction":
-            prompts = _as_prompts(prompt)
-            ids, mask = _pad_left(self.encode_prompts(prompts), device=end.device)
+            prompts = self.encode_prompts(prompt)
+            ids, mask = _pad_left(prompts, device=end.device)
             rows = max(len(memory), len(prompts))
             if {len(memory), len(prompts)} - {1, rows}:
                 raise ValueError(
@@ -772,7 +772,9 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             return False
         return columns > window
 
-    def _generate_apart(self, memory: ICAEMemory, prompts: list[str], generation_config, options) -> torch.Tensor:
+    def _generate_apart(
+        self, memory: ICAEMemory, prompts: list[list[int]], generation_config, options
+    ) -> torch.Tensor:
         """Row by row: the padding between slots and shorter prompts would use up the window of the base."""
         if generation_config.return_dict_in_generate:
             raise ValueError(
@@ -813,13 +815,16 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
 
     # ------------------------------------------------------------------------------------------------- text and checks
 
-    def encode_prompts(self, prompts: list[Any]) -> list[list[int]]:
+    def encode_prompts(self, prompts: Any) -> list[list[int]]:
         """Token ids of all that stands behind the memory up to the answer, one list per prompt.
 
         A prompt is a text, or a conversation: a list of messages that starts and ends with one of the user's. Token
         ids that this method made are handed through.
         """
-        return [prompt if _is_list_of(prompt, int) else encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        return [
+            prompt if _is_list_of(prompt, int) else encode_prompt(self.tokenizer, prompt)
+            for prompt in _as_prompts(prompts)
+        ]
 
     def encode_responses(self, responses: list[str]) -> list[list[int]]:
         """Token ids of answers with the token that ends them, one list per answer."""

@@ -27,7 +27,8 @@ class ICAEContextGenerationPipeline(Pipeline):
 
     The output for one input is a list of `{"generated_text": …}`, one per `num_return_sequences`; for a list of
     prompts it is a list of such lists. All of generate's arguments can be given, here or at each call; without a
-    length, answers have up to 256 tokens, or as many as the base has positions left for.
+    length, answers have up to 256 tokens, or as many as the base has positions left for behind the longest input of a
+    batch.
 
     Example:
 
@@ -49,6 +50,7 @@ class ICAEContextGenerationPipeline(Pipeline):
     def __init__(self, model, tokenizer=None, **kwargs):
         if tokenizer is not None:
             model.tokenizer = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        self._given = dict(kwargs)
         super().__init__(model=model, tokenizer=model.tokenizer, **kwargs)
 
     def __call__(self, inputs, **kwargs):
@@ -77,6 +79,8 @@ class ICAEContextGenerationPipeline(Pipeline):
                 "(`memory.rows()`) as an input of its own."
             )
         prompts = inputs["prompt"]
+        if not isinstance(prompts, str | list | tuple):
+            raise ValueError(f"Expected a prompt as str, a list of them, or a conversation, got {prompts!r}.")
         several = isinstance(prompts, list | tuple) and all(isinstance(one, str | list | tuple) for one in prompts)
         return inputs | {"prompts": list(prompts) if several else [prompts], "several": several}
 
@@ -98,13 +102,17 @@ class ICAEContextGenerationPipeline(Pipeline):
 
     def _with_defaults(self, generate_kwargs: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
         """With what was given at the start, and a length if none was."""
-        if hasattr(self, "generation_config"):  # transformers 5.19 has prepared it
+        if generate_kwargs.get("generation_config", 0) is None:
+            generate_kwargs = {name: value for name, value in generate_kwargs.items() if name != "generation_config"}
+        if hasattr(self, "generation_config"):  # transformers 5.19 has prepared it, with a length of its own
             options = {"generation_config": self.generation_config} | generate_kwargs
         else:
             options = self._prepare_generate_kwargs(generate_kwargs)
-        configs = [self.model.generation_config, options.get("generation_config", self.model.generation_config)]
-        given = [options.get(name) for name in LENGTHS] + [getattr(one, name) for one in configs for name in LENGTHS]
-        if all(length is None for length in given):
+        # A configuration that comes with the call takes the place of all that was given at the start.
+        given = generate_kwargs if "generation_config" in generate_kwargs else self._given | generate_kwargs
+        configs = [self.model.generation_config, given.get("generation_config") or self.model.generation_config]
+        lengths = [given.get(name) for name in LENGTHS] + [getattr(one, name) for one in configs for name in LENGTHS]
+        if all(length is None for length in lengths):
             # Not `max_new_tokens`, of which the base may have too few positions left.
             options["max_length"] = max(map(len, prompts)) + ANSWER_LENGTH
         return options

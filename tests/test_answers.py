@@ -371,6 +371,8 @@ def test_answers_that_reach_the_limit_and_longer_references_are_counted(saved, l
     assert record["references_above_the_limit"] == sum(len(response) > limit for response in TRIPLES["response"])
     shown = tables.answers(record)
     assert f"Answers end after {limit} tokens at the latest" in shown and "4 references are longer" in shown
+    del record["answers_at_the_limit"]  # as records of earlier versions lack it
+    assert "Answers end after" not in tables.answers(record)
 
 
 def test_the_quick_subset_has_one_short_row_of_each_source(saved):

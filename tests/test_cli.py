@@ -203,6 +203,7 @@ def test_typed_prompts_are_answered_until_an_empty_line(options, answer, tmp_pat
         (["--prompt", "Who?"], "Expected either `--context` or `--memory`, got neither or both"),
         (["--context", "a", "--memory", "b"], "Expected either `--context` or `--memory`, got neither or both"),
         (["--context", "-"], "Expected `--prompt` beside a context from standard input"),
+        (["--memory", "a", "--max-new-tokens", "0"], "Expected `--max-new-tokens` of at least 1, got 0"),
         (["--memory", "a", "--window", "64"], "Expected `--window` with `--context`, which is compressed now"),
     ],
 )

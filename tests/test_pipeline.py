@@ -38,6 +38,12 @@ def test_an_input_is_answered_as_by_generate(pipe):
         assert pipe(question, **OPTIONS) == answer(pipe.model, question)
 
 
+@pytest.mark.parametrize("prompt", [{"role": "user", "content": "Who?"}, 5, [None], [["Who?"]], []], ids=str)
+def test_what_is_no_prompt_is_refused(pipe, prompt):
+    with pytest.raises(ValueError, match=r"Expected a prompt as str, a list of (them|at least one str), or "):
+        pipe({"context": "The cat sat.", "prompt": prompt})
+
+
 def test_without_a_length_answers_end_after_256_tokens_or_where_the_positions_do(make_icae):
     model = make_icae()
     model.generation_config.suppress_tokens = [model.end_token_ids[0], *range(5)]
@@ -55,9 +61,12 @@ def test_without_a_length_answers_end_after_256_tokens_or_where_the_positions_do
     pipe(short), pipe(long)
     assert lengths[0] == 256 and 1 < lengths[1] < 112
     pipe(long, max_new_tokens=7), pipe(long, generation_config=GenerationConfig(max_new_tokens=6))
+    pipeline(TASK, model=model, do_sample=False, max_new_tokens=4)(long)
+    pipeline(TASK, model=model, generation_config=GenerationConfig(max_new_tokens=3))(long, generation_config=None)
+    pipe(short, generation_config=GenerationConfig(do_sample=False))
     model.generation_config.max_new_tokens = 5
     pipe(long)
-    assert lengths[2:] == [7, 6, 5]
+    assert lengths[2:] == [7, 6, 4, 3, 256, 5]
     with pytest.raises(ValueError, match="Expected at most 511 tokens of context, prompt and answer"):
         pipe(long, max_new_tokens=256)
 

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 
 from icae.cli import main
 from icae.trainers.write_quotations import quotations
@@ -60,12 +60,15 @@ def test_the_new_rows_stand_behind_those_about_their_context(names, tmp_path, ca
     )
     given = [(CONTEXT, "Who counts?", "The keeper."), (CONTEXT, "When?", "At night."), (other, "What?", "Rivers.")]
     rows = [dict(zip(names, row, strict=True)) | {"source": "x"} for row in given]
-    Dataset.from_list(rows).to_parquet(tmp_path / "given.parquet")
+    features = Features({name: Value("string") for name in rows[0]} | {"source": ClassLabel(names=["w", "x"])})
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "given.parquet")
     files = ["--data", str(tmp_path / "given.parquet"), "--output", str(tmp_path / "new.parquet")]
     assert main(["write-quotations", *files, "--per-context", "3", "--seed", "4"]) == 0
-    written = Dataset.from_parquet(str(tmp_path / "new.parquet")).to_list()
+    dataset = Dataset.from_parquet(str(tmp_path / "new.parquet"))
+    assert dataset.features["source"] == features["source"]
+    written = dataset.to_list()
     expected = [
-        dict(context=context, prompt=prompt, response=response, source="x")
+        dict(context=context, prompt=prompt, response=response, source=1)
         for index, context in enumerate((CONTEXT, other))
         for prompt, response in [
             *((prompt, response) for text, prompt, response in given if text == context),

@@ -450,39 +450,43 @@ def test_a_distilled_model_learns_from_the_base_with_the_whole_context(make_icae
 
 
 def test_distillation_keeps_no_logits_and_has_the_gradient_of_its_loss(make_icae):
-    model = make_icae().train()
+    model = make_icae("llama").train()
     data = Dataset.from_dict({"context": CONTEXTS[:2], "prompt": PROMPTS[:2], "response": ["A long answer. " * 8] * 2})
     batch = DataCollatorForICAESFT()(list(prepare_sft_dataset(data, model)))
     batch |= {"autoencoding_weight": 0, "distillation_weight": 1.0}
-    vocabulary, targets = model.get_output_embeddings().out_features, int(batch["response_mask"].sum())
-    sizes = []
+    chunk, targets = model._loss_chunk_size, int(batch["response_mask"].sum())
+    assert chunk < targets < 2 * chunk
+    logits = {size * model.config.text_config.vocab_size for size in (chunk, targets - chunk, targets)}
 
-    def keep(tensor):
-        sizes.append(tensor.numel())
-        return tensor
+    def step() -> tuple[set[int], dict[str, torch.Tensor]]:
+        """Sizes of the tensors that are kept for the backward pass, and the gradients."""
+        sizes = set()
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(**batch).loss.backward()
-    assert sizes and not any(size == targets * vocabulary for size in sizes)
-    found = {
-        name: parameter.grad.clone()
-        for name, parameter in model.trainable_parameters().items()
-        if parameter.grad is not None  # those of the tasks have none
-    }
+        def keep(tensor):
+            sizes.add(tensor.numel())
+            return tensor
 
-    def plainly(hidden, teacher):
-        target, scores = (model._logits(states).log_softmax(-1) for states in (teacher, hidden))
-        return F.kl_div(scores, target, reduction="none", log_target=True).sum(-1)
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(**batch).loss.backward()
+        parameters = model.trainable_parameters().items()
+        return sizes, {name: one.grad.clone() for name, one in parameters if one.grad is not None}
 
-    model.zero_grad()
-    model._divergence = plainly
-    sizes.clear()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(**batch).loss.backward()
-    assert any(size == targets * vocabulary for size in sizes), "the test can see logits"
-    assert len(found) > 2
-    for name, gradient in found.items():
-        torch.testing.assert_close(gradient, model.trainable_parameters()[name].grad, atol=1e-6, rtol=1e-4)
+    def in_chunks(hidden, teacher):
+        parts = []
+        for states in zip(hidden.split(chunk), teacher.split(chunk), strict=True):
+            scores, target = (model._logits(one).log_softmax(-1) for one in states)
+            parts.append(F.kl_div(scores, target, reduction="none", log_target=True).sum(-1))
+        return torch.cat(parts)
+
+    sizes, gradients = step()
+    assert sizes.isdisjoint(logits)
+    model._divergence = in_chunks
+    sizes, expected = step()
+    assert not sizes.isdisjoint(logits), "what this test forbids would be seen"
+    assert gradients.keys() == expected.keys() and len(gradients) > 2
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("distillation_weight", [0.0, 0.5])
@@ -545,13 +549,17 @@ def test_held_out_contexts_too_long_to_be_written_back_are_answered_only(make_tr
     assert "eval_ae_loss" not in logged and logged["eval_loss"] == pytest.approx(logged["eval_response_loss"])
 
 
-@pytest.mark.parametrize("kind", ["in memory", "streamed"])
-def test_without_a_weight_for_autoencoding_nothing_trains_it(make_trainer, kind):
+@pytest.mark.parametrize("kind", ["in memory", "streamed", "prepared"])
+def test_without_a_weight_for_autoencoding_nothing_trains_it(make_trainer, make_icae, kind):
     """Contexts without a continuation, which could train nothing else, are left out."""
     texts = [SENTENCE[:length] * repeats for length in (10, 20) for repeats in (1, 8)]
     data, documents = TRIPLES, Dataset.from_dict({"text": texts})
     if kind == "streamed":
         data, documents = data.to_iterable_dataset(), documents.to_iterable_dataset()
+    if kind == "prepared":
+        data = prepare_sft_dataset(data, make_icae(), documents=documents, pretraining_share=0.7)
+        assert not all(row["prompt_ids"] or row["continuation_ids"] for row in data)
+        documents = None
     trainer = make_trainer(data=data, documents=documents, autoencoding_weight=0, pretraining_share=0.7, max_steps=6)
     kept = list(trainer.train_dataset.take(20))
     assert all(row["prompt_ids"] or row["continuation_ids"] for row in kept)
@@ -564,7 +572,9 @@ def test_without_a_weight_for_autoencoding_nothing_trains_it(make_trainer, kind)
 def test_predict_takes_triples_and_gives_the_loss_of_evaluation(make_trainer):
     trainer = make_trainer()
     expected = trainer.evaluate(TRIPLES)["eval_loss"]
+    trainer.model.train()
     assert trainer.predict(TRIPLES).metrics["test_loss"] == pytest.approx(expected, abs=1e-6)
+    assert trainer.model.training and not trainer._metrics["eval"]
 
 
 def test_triples_that_are_given_to_evaluate_are_prepared(make_trainer):

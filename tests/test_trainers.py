@@ -345,18 +345,36 @@ def test_data_must_be_named(command_line, capsys):
     assert "Expected `dataset_name` or `train_files`, got neither" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["in memory", "streamed"])
-def test_of_triples_train_samples_keep_those_about_one_context_together(tmp_path, kind):
-    file = str(tmp_path / "triples.parquet")
-    rows = [{"context": f"text {n // 3}", "prompt": f"{n}?", "response": "x"} for n in range(60)]
+def drawn(file: Path, rows: list[dict], seed: int, max_prompts: int = 2, **options) -> list[dict]:
+    """Twenty rows of a file."""
     Dataset.from_list(rows).to_parquet(file)
-    script = ScriptArguments(train_files=[file], train_samples=20, streaming=kind == "streamed")
-    first, again, other = (list(load_data(script, seed)[0]) for seed in (1, 1, 2))
-    assert first == again != other and len(first) == 20 and all(row in rows for row in first)
-    groups = [list(group) for _, group in groupby(first, lambda row: row["context"])]
-    if kind == "in memory":
-        assert [len(group) for group in groups] == [3] * 6 + [2]
-        assert first != rows[:20] and Dataset.from_list(rows).column_names == list(first[0])
+    script = ScriptArguments(train_files=[str(file)], train_samples=20, **options)
+    return list(load_data(script, seed, max_prompts=max_prompts)[0])
+
+
+def sizes_of_groups(rows: list[dict], column: str) -> list[int]:
+    """How many neighbours have the same text in a column, each time."""
+    return [len(list(group)) for _, group in groupby(rows, lambda row: row[column])]
+
+
+@pytest.mark.parametrize("names", [("context", "prompt", "response"), ("input", "prompt", "answer")], ids=["", "PwC"])
+def test_train_samples_of_triples_keep_those_about_one_context_together(tmp_path, names):
+    rows = [dict(zip(names, (f"text {n // 3}", f"{n}?", "x"), strict=True)) for n in range(60)]
+    first, again, other = (drawn(tmp_path / "rows.parquet", rows, seed) for seed in (1, 1, 2))
+    assert first == again != other and len(first) == 20 and first != rows[:20]
+    assert all(row in rows for row in first)
+    assert sizes_of_groups(first, names[0]) == [3] * 6 + [2]
+
+
+def test_train_samples_of_other_rows_are_drawn_one_by_one(tmp_path):
+    """One prompt of a context, streamed rows, prepared samples, a column `input` beside a context."""
+    rows = [{"context": f"text {n // 3}", "prompt": f"{n}?", "response": "x", "input": str(n % 2)} for n in range(60)]
+    file = tmp_path / "rows.parquet"
+    for options in ({"max_prompts": 1}, {"streaming": True}):
+        assert len(sizes_of_groups(drawn(file, rows, 1, **options), "context")) > 10
+    assert len(sizes_of_groups(drawn(file, rows, 1), "context")) == 7
+    samples = [{"context_ids": [n], "prompt_ids": [[n]]} for n in range(60)]
+    assert len(drawn(file, samples, 1)) == 20
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -227,8 +227,11 @@ class ICAETrainer(SFTTrainer):
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
         """As in `transformers.Trainer`, the loss of a data set as `eval_dataset` may be; without predictions."""
-        samples = self._prepare_held_out(test_dataset, self.model, self.args)
-        return super().predict(samples, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
+        samples, training = self._prepare_held_out(test_dataset, self.model, self.args), self.model.training
+        output = super().predict(samples, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
+        self._metrics["eval"].clear()  # which the next evaluation would log
+        self.model.train(training)
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not self.model.training:

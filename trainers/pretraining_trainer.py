@@ -38,19 +38,20 @@ class ICAEPretrainingTrainer(ICAETrainer):
 
     def _prepare(self, dataset, model: ICAEForConditionalGeneration, args: ICAEPretrainingConfig, training: bool):
         if "context_ids" in (dataset.column_names or ()):
-            return dataset
-        samples = prepare_pretraining_dataset(
-            dataset,
-            model.tokenizer,
-            span_length=model.config.span_length,
-            max_spans=args.max_spans,
-            short_share=args.short_share,
-            continuation_length=args.continuation_length,
-            shuffled_share=args.shuffled_share if training else 0.0,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            text_column=args.text_column,
-            num_proc=args.dataset_num_proc,
-        )
+            samples = dataset
+        else:
+            samples = prepare_pretraining_dataset(
+                dataset,
+                model.tokenizer,
+                span_length=model.config.span_length,
+                max_spans=args.max_spans,
+                short_share=args.short_share,
+                continuation_length=args.continuation_length,
+                shuffled_share=args.shuffled_share if training else 0.0,
+                seed=args.seed if args.data_seed is None else args.data_seed,
+                text_column=args.text_column,
+                num_proc=args.dataset_num_proc,
+            )
         if args.autoencoding_weight == 0:
             samples = samples.filter(bool, input_columns=["continuation_ids"])
         return samples

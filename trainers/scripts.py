@@ -142,8 +142,11 @@ def load_documents(script: ScriptArguments, files: list[str] | None, seed: int, 
     return concatenate_datasets(parts)
 
 
-def load_data(script: ScriptArguments, seed: int, text_column: str | None = None):
-    """The data sets to train and to evaluate on; with a `text_column`, of documents."""
+def load_data(script: ScriptArguments, seed: int, text_column: str | None = None, max_prompts: int = 1):
+    """
+    The data sets to train and to evaluate on; with a `text_column`, of documents. With several `max_prompts`, which
+    share a context's encoder pass, what is drawn of triples in memory has those about one context together.
+    """
     streaming, evaluation = script.streaming, None
     if not script.train_files and not script.dataset_name:
         raise ValueError("Expected `dataset_name` or `train_files`, got neither; name the data to train on.")
@@ -159,17 +162,19 @@ def load_data(script: ScriptArguments, seed: int, text_column: str | None = None
     elif script.eval_split and not script.train_files:
         evaluation = load_dataset(*name, split=script.eval_split, streaming=streaming)
     if script.train_samples is not None:
-        if text_column is None and not streaming:
-            train = shuffle_contexts(train, seed)
+        names = train.column_names or ()
+        if max_prompts > 1 and not streaming and "context" in names:
+            train = shuffle_contexts(train, "context", seed)
+        elif max_prompts > 1 and not streaming and {"input", "prompt", "answer"} <= set(names):  # PwC's own
+            train = shuffle_contexts(train, "input", seed)
         else:
             train = train.shuffle(seed=seed)
         train = train.take(script.train_samples)
     return train, evaluation
 
 
-def shuffle_contexts(triples: Dataset, seed: int) -> Dataset:
-    """Shuffles triples so that neighbours about the same context stay together, which `max_prompts` asks for."""
-    column = "input" if "input" in triples.column_names else "context"  # PwC's own name
+def shuffle_contexts(triples: Dataset, column: str, seed: int) -> Dataset:
+    """Shuffles triples so that neighbours about the same context, which stands in `column`, stay together."""
     groups = groupby(enumerate(triples[column]), lambda row: row[1])
     indices = [[index for index, _ in group] for _, group in groups]
     order = np.random.default_rng(seed).permutation(len(indices))

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     script, icae, config = parser.parse_args_and_config(argv)
     set_seed(config.seed)  # before the adapter and the slots get their first values
     model = load_model(script, icae, cpu=config.use_cpu)
-    train_dataset, eval_dataset = load_data(script, config.seed)
+    train_dataset, eval_dataset = load_data(script, config.seed, max_prompts=config.max_prompts)
     if eval_dataset is not None:
         eval_dataset = eval_dataset.shuffle(seed=config.seed).take(script.eval_samples)
     documents = load_documents(script, script.document_files, config.seed)

@@ -49,20 +49,21 @@ class ICAESFTTrainer(ICAETrainer):
         if "context_ids" in (dataset.column_names or ()):
             if training and self._documents is not None:
                 raise ValueError("Expected triples with `documents`, got samples; give `documents` to what made them.")
-            return dataset
-        samples = prepare_sft_dataset(
-            dataset,
-            model,
-            max_prompts=args.max_prompts if training else 1,
-            pretraining_share=args.pretraining_share if training else 0.0,
-            documents=self._documents if training else None,
-            max_spans=args.max_spans,
-            continuation_length=args.continuation_length,
-            shuffled_share=args.shuffled_share if training else 0.0,
-            max_context_length=args.max_context_length,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            num_proc=args.dataset_num_proc,
-        )
+            samples = dataset
+        else:
+            samples = prepare_sft_dataset(
+                dataset,
+                model,
+                max_prompts=args.max_prompts if training else 1,
+                pretraining_share=args.pretraining_share if training else 0.0,
+                documents=self._documents if training else None,
+                max_spans=args.max_spans,
+                continuation_length=args.continuation_length,
+                shuffled_share=args.shuffled_share if training else 0.0,
+                max_context_length=args.max_context_length,
+                seed=args.seed if args.data_seed is None else args.data_seed,
+                num_proc=args.dataset_num_proc,
+            )
         if args.autoencoding_weight == 0:
             samples = samples.filter(_trains_without_autoencoding, input_columns=["prompt_ids", "continuation_ids"])
         return samples

@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
             new = quotations(context, arguments.per_context, np.random.default_rng([arguments.seed, index]))
             yield from (given[-1] | {"prompt": prompt, "response": response} for prompt, response in new)
 
-    written = Dataset.from_list(list(rows()))
+    written = Dataset.from_list(list(rows()), features=dataset.features)
     written.to_parquet(arguments.output)
     print(f"{len(written)} rows in {arguments.output}, {len(written) - len(dataset)} of them new")
 

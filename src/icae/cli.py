@@ -186,6 +186,8 @@ def _ask(arguments: argparse.Namespace) -> None:
 
     if (arguments.context is None) == (arguments.memory is None):
         raise ValueError("Expected either `--context` or `--memory`, got neither or both.")
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"Expected `--max-new-tokens` of at least 1, got {arguments.max_new_tokens}.")
     if arguments.memory and arguments.window is not None:
         raise ValueError("Expected `--window` with `--context`, which is compressed now, got it with `--memory`.")
     if arguments.context and "-" in arguments.context and arguments.prompt is None:
