@@ -15,7 +15,7 @@ class ICAESFTConfig(ICAETrainingConfig):
             Neighbouring rows about the same context share its encoder pass, up to so many.
         pretraining_share (`float`, *optional*, defaults to `0.1`):
             Share of samples that train reconstruction and continuation, of the same contexts or of the trainer's
-            `documents`, so that neither is forgotten.
+            `documents`, so that less of either is forgotten (results/mixing_reconstruction.json).
         distillation_weight (`float`, *optional*, defaults to `0.0`):
             Share of the loss that comes from the frozen base with the whole context, see
             [`~ICAEForConditionalGeneration.forward`]. Takes no memory for another model, but a forward pass.
