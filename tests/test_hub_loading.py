@@ -205,7 +205,9 @@ def test_the_embedded_checkpoint_loads_by_its_id_with_its_base_from_the_base_s_r
     base, repo = embedded_base(), "org/icae-smollm2-135m"
     options = {"dtype": torch.bfloat16}
     model = ICAEForConditionalGeneration.from_pretrained(EMBEDDED_CHECKPOINT, base_model=base, **options)
-    model.push_to_hub(repo)
+    model.save_pretrained(tmp_path / "saved")
+    assemble(tmp_path / "saved", tmp_path / "assembled", tokenizer=model.tokenizer, repo_id=repo)
+    upload(tmp_path / "assembled", repo)  # not `push_to_hub`, whose verification runs the model once more
     live = hub_stranger.outputs(model)
     # The card does not ask the base's repository, whose weights are others in truth.
     assert ask_a_stranger(hub, tmp_path, {"card": ["quickstart", repo, {}]}) == {"card": live}
