@@ -50,7 +50,7 @@ class ICAEContextGenerationPipeline(Pipeline):
     def __init__(self, model, tokenizer=None, **kwargs):
         if tokenizer is not None:
             model.tokenizer = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        self._given = dict(kwargs)
+        self._given = {name: kwargs.get(name) for name in (*LENGTHS, "generation_config")}
         super().__init__(model=model, tokenizer=model.tokenizer, **kwargs)
 
     def __call__(self, inputs, **kwargs):
