@@ -322,10 +322,12 @@ def answering(record: Record, name: str = "bench_generate") -> str:
         for measure in measures
     ]
     hardware = record["made_by"]["hardware"]
-    machine = hardware["accelerator"] or f"{hardware['torch_threads']} CPU threads"
+    threads = hardware["torch_threads"]
+    machine = hardware["accelerator"] or f"{threads} CPU thread{'s' * (threads > 1)}"
+    arguments = record["arguments"]
     return f"""\
 **What answering costs** (`icae bench generate`, ratios to the full context within one run on {machine}; rows × context
-tokens, {record["arguments"]["new_tokens"]} new tokens, {record["attention"]} on both sides;
+tokens, {arguments["new_tokens"]} new tokens, {arguments["dtype"]} and {record["attention"]} on both sides;
 [{name}.json](results/{name}.json)):
 
 {table(["", *columns], rows)}
