@@ -208,7 +208,7 @@ def test_reconstruction_reports_lengths_sources_and_altered_text_beside_the_cont
 def test_a_second_quick_run_gives_exactly_the_same_figures(tmp_path):
     records = []
     for name in ("first", "second"):
-        short = ["--lengths", "24", "--altered-length", "24"]
+        short = ["--lengths", "24", "--altered-length", "24", "--without", "dialogue", "science", "code"]
         command = ["evaluate", "reconstruction", "--quick", *short, "--output", str(tmp_path / f"{name}.json")]
         subprocess.run([sys.executable, "-m", "icae.cli", *command], check=True, cwd=tmp_path)
         records.append(json.loads((tmp_path / f"{name}.json").read_text()))
