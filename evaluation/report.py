@@ -131,7 +131,7 @@ def plot_answering(axes: Axes, record: Record) -> None:
     axes.axhline(1, linestyle="--", color="gray")
     label = "times faster than the full context, or its kept cache"
     axes.set(xlabel=f"context tokens, {batch} at once", ylabel=label, yscale="log")
-    axes.legend(fontsize="small")
+    axes.figure.legend(fontsize="small", loc="outside right upper")
 
 
 def plot_growth(axes: Axes, record: Record) -> None:
@@ -153,7 +153,7 @@ def plot_growth(axes: Axes, record: Record) -> None:
     axes.plot([], [], linestyle="--", color="gray", label=f"the same from cached slots, {name}")
     label = "relative to the full context's first point"
     axes.set(xlabel=f"context tokens, {batch} at once", ylabel=label, yscale="log")
-    axes.legend(fontsize="small")
+    axes.figure.legend(fontsize="small", loc="outside right upper")
 
 
 def _colors(names: Any) -> list[str]:
