@@ -129,7 +129,7 @@ def plot_answering(axes: Axes, record: Record) -> None:
             label = f"{name}: {what.removesuffix(', times faster')}"
             axes.plot(lengths, [cell["ratios"][name][what] for cell in cells], marker="o", label=label)
     axes.axhline(1, linestyle="--", color="gray")
-    label = "times faster than the full context, or its kept cache"
+    label = "times faster than with the full context"
     axes.set(xlabel=f"context tokens, {batch} at once", ylabel=label, yscale="log")
     axes.figure.legend(fontsize="small", loc="outside right upper")
 
