@@ -81,7 +81,7 @@ class ICAETrainer(SFTTrainer):
     model: ICAEForConditionalGeneration
     push_in_progress: PushInProgress | None = None
     _collator: Callable[[], Any]
-    _arguments: type[ICAETrainingConfig]
+    _arguments_class: type[ICAETrainingConfig]
 
     def __init__(
         self,
@@ -105,8 +105,8 @@ class ICAETrainer(SFTTrainer):
                 f"Expected a model, got the name {model!r}; load it with "
                 "`ICAEForConditionalGeneration.from_pretrained(..., is_trainable=True)`."
             )
-        if not isinstance(args, self._arguments):
-            raise TypeError(f"Expected `args` to be an {self._arguments.__name__}, got {type(args).__name__}.")
+        if not isinstance(args, self._arguments_class):
+            raise TypeError(f"Expected `args` to be an {self._arguments_class.__name__}, got {type(args).__name__}.")
         if not any(parameter.requires_grad for parameter in model.trainable_parameters().values()):
             raise ValueError("Expected a trainable model, got a frozen one; load it with `is_trainable=True`.")
         if args.n_gpu > 1:

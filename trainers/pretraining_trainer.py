@@ -34,7 +34,7 @@ class ICAEPretrainingTrainer(ICAETrainer):
     _name = "ICAE pretraining"
     args: ICAEPretrainingConfig
     _collator = DataCollatorForICAEPretraining
-    _arguments = ICAEPretrainingConfig
+    _arguments_class = ICAEPretrainingConfig
 
     def _prepare(self, dataset, model: ICAEForConditionalGeneration, args: ICAEPretrainingConfig, training: bool):
         if "context_ids" in (dataset.column_names or ()):

@@ -163,10 +163,9 @@ def load_data(script: ScriptArguments, seed: int, text_column: str | None = None
         evaluation = load_dataset(*name, split=script.eval_split, streaming=streaming)
     if script.train_samples is not None:
         names = train.column_names or ()
-        if max_prompts > 1 and not streaming and "context" in names:
-            train = shuffle_contexts(train, "context", seed)
-        elif max_prompts > 1 and not streaming and {"input", "prompt", "answer"} <= set(names):  # PwC's own
-            train = shuffle_contexts(train, "input", seed)
+        is_pwc = {"input", "prompt", "answer"} <= set(names)
+        if max_prompts > 1 and not streaming and ("context" in names or is_pwc):
+            train = shuffle_contexts(train, "context" if "context" in names else "input", seed)
         else:
             train = train.shuffle(seed=seed)
         train = train.take(script.train_samples)

@@ -118,7 +118,6 @@ def prepare_sft_dataset(
             "Expected the columns `context`, `prompt`, `response`, or `input`, `prompt`, `answer`, or `context`, "
             f"`messages`, got {columns}; rename them."
         )
-
     if {"response", "messages"} <= set(columns):
         raise ValueError(f"Expected either `prompt`, `response` or `messages`, got {columns}; remove one of them.")
 

@@ -39,7 +39,7 @@ class ICAESFTTrainer(ICAETrainer):
     _name = "ICAE SFT"
     args: ICAESFTConfig
     _collator = DataCollatorForICAESFT
-    _arguments = ICAESFTConfig
+    _arguments_class = ICAESFTConfig
 
     def __init__(self, model, args, train_dataset, eval_dataset=None, *arguments, documents=None, **options):
         self._documents = documents
