@@ -14,7 +14,7 @@ T tokens of the decoder's text, H hidden size, V vocabulary.
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,10 +83,13 @@ class _Text:
         return _Text(self.embeds[rows], self.mask[rows], self.labels[rows], self.label_mask[rows])
 
 
+_LossAndGradient = tuple[torch.Tensor, Callable[[], torch.Tensor]]
+
+
 class _FrozenHeadLoss(torch.autograd.Function):
     """A loss through a frozen head, chunk by chunk: the forward pass also makes the gradient of the hidden states, so
     that never more than `chunk_size * vocab_size` logits exist and no logits are kept. `loss_of` gives the losses of
-    some logits and targets, and the gradient of these logits."""
+    some logits and targets, and what makes the gradient of these logits."""
 
     @staticmethod
     def forward(ctx, hidden, targets, loss_of, head, chunk_size):
@@ -96,10 +99,10 @@ class _FrozenHeadLoss(torch.autograd.Function):
             with torch.set_grad_enabled(needs_grad):
                 states = states.detach().requires_grad_(needs_grad)
                 logits = head(states)  # (n, V)
-            loss, grad_logits = loss_of(logits.detach(), part)
+            loss, make_gradient = loss_of(logits.detach(), part)
             losses.append(loss)
             if needs_grad:
-                grads.append(torch.autograd.grad(logits, states, grad_logits.to(logits.dtype))[0])
+                grads.append(torch.autograd.grad(logits, states, make_gradient().to(logits.dtype))[0])
         if needs_grad:
             ctx.save_for_backward(torch.cat(grads))
         return torch.cat(losses)
@@ -110,21 +113,21 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return (grad_hidden * grad_losses[:, None]).to(grad_hidden.dtype), None, None, None, None
 
 
-def _chunk_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of logits `(n, V)` and labels `(n,)`: the losses `(n,)` and their gradient `(n, V)`, in float32."""
+def _chunk_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> _LossAndGradient:
+    """Of logits `(n, V)` and labels `(n,)`: the losses `(n,)`, and what makes their gradient `(n, V)`, in float32."""
     # In place, because on a CPU each new tensor of this size costs more than the arithmetic on it.
     scores = logits.to(torch.float32, copy=True)
     top, target = scores.amax(dim=-1, keepdim=True), scores.gather(1, labels[:, None])
     total = scores.sub_(top).exp_().sum(dim=-1, keepdim=True)
     losses = (total.log() + top - target)[:, 0]
-    return losses, scores.div_(total).scatter_add_(1, labels[:, None], torch.full_like(target, -1.0))
+    return losses, lambda: scores.div_(total).scatter_add_(1, labels[:, None], torch.full_like(target, -1.0))
 
 
-def _chunk_divergence(logits: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _chunk_divergence(logits: torch.Tensor, teacher: torch.Tensor) -> _LossAndGradient:
     """The same of the Kullback-Leibler divergence from a teacher's logits `(n, V)`."""
     scores, target = (one.log_softmax(dim=-1, dtype=torch.float32) for one in (logits, teacher))
     losses = F.kl_div(scores, target, reduction="none", log_target=True).sum(dim=-1)
-    return losses, scores.exp_().sub_(target.exp_())
+    return losses, lambda: scores.exp_().sub_(target.exp_())
 
 
 class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
@@ -620,7 +623,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
     def _divergence(self, hidden: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         """Kullback-Leibler divergence of the next token's distribution from the teacher's, in nats per target."""
 
-        def loss_of(logits: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def loss_of(logits: torch.Tensor, states: torch.Tensor) -> _LossAndGradient:
             return _chunk_divergence(logits, self._logits(states))
 
         return _FrozenHeadLoss.apply(hidden, teacher, loss_of, self._logits, self._loss_chunk_size)
