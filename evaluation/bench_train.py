@@ -139,7 +139,7 @@ def measure_memory(arguments) -> None:
 
 
 def memory_of(variant: str, arguments, batch_size: int) -> dict[str, int]:
-    command = [sys.executable, "-m", "icae.evaluation.bench_train", "--memory-of", variant]
+    command = [sys.executable, "-P", "-m", "icae.evaluation.bench_train", "--memory-of", variant]
     command += ["--base", arguments.base, "--span-length", str(arguments.span_length)]
     command += ["--batch-size", str(batch_size), "--memory-type", arguments.memory_type, "--dtype", arguments.dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

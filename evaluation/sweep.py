@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
             )
         if not finished.is_file():
             print("icae", *command, flush=True)
-            done = subprocess.run([sys.executable, "-m", "icae.cli", *command], check=False)
+            done = subprocess.run([sys.executable, "-P", "-m", "icae.cli", *command], check=False)
             if done.returncode:
                 raise ValueError(
                     f"Expected the run {name!r} to end well, got exit status {done.returncode}; its own message "

@@ -56,7 +56,7 @@ def test_a_sweep_trains_each_run_once_and_draws_those_that_have_the_loss(sweep_f
 
     def run(command, check):
         commands.append(command)
-        return subprocess.CompletedProcess(command, main(command[3:]))
+        return subprocess.CompletedProcess(command, main(command[command.index("icae.cli") + 1 :]))
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr("icae.evaluation.record._git", lambda *_: None)
