@@ -64,6 +64,7 @@ def test_a_sweep_trains_each_run_once_and_draws_those_that_have_the_loss(sweep_f
     assert main(arguments) == 0
     assert main(arguments) == 0
     assert len(commands) == 3
+    assert all("-P" in command for command in commands), "a folder named icae is not the package"
     found = json.loads(Path("out/sweep.json").read_text())["runs"]
     assert list(found) == ["both tasks", "continuation only"]  # the third has no continuation to lose
     trained = found["both tasks"]["trained"]
