@@ -27,6 +27,8 @@ AIMS = {  # by measure: the least or the most it should be
     "exact prefix": ("at least", 0.60),
     "perplexity of what follows, above the full context's": ("at most", 0.10),
     "token F1 of answers, of the full context's": ("at least", 0.90),
+    "share of sources with better answers than the truncated context's": ("at least", 1.0),
+    "share of sources with better answers than without a context": ("at least", 1.0),
 }
 LEAST = 3  # evaluations of a run that a slope is drawn through
 # Learning curves of the runs of both stages, each from the end of the one before it.
@@ -34,14 +36,19 @@ RUNS = "embedded embedded-2 sft sft-2 embedded-3 sft-3 embedded-4 sft-4 sft-5 sf
 
 
 def measures(
-    length: int, reconstruction: Record, continuation: Record | None, answers: Record | None, name="reconstruction"
+    length: int,
+    reconstruction: Record,
+    continuation: Record | None = None,
+    answers: Record | None = None,
+    by_source: Record | None = None,
+    name: str = "reconstruction",
 ) -> dict[str, Measured]:
     """
     What the files say of one checkpoint, under the names of the aims, as far as they are there: of contexts of that
     length, but of answers to all prompts. Each value comes with its interval of 95%, where there is one. `name` is
     that of the file of reconstructions.
     """
-    loss, bleu, prefix, perplexity, f1 = AIMS
+    loss, bleu, prefix, perplexity, f1, above_truncated, above_none = AIMS
     found = _of_length(_only_model(reconstruction)["by_length"], length, name)
     values: dict[str, Measured] = {
         loss: (found["ae_loss"], found.get("ae_loss_interval")),
@@ -54,7 +61,15 @@ def measures(
         values[perplexity] = percent / 100, bounds and [bound / 100 for bound in bounds]
     if answers is not None and "f1_share_of_full_context" in (row := answers["summary"]["icae"]):
         values[f1] = row["f1_share_of_full_context"], row.get("f1_share_interval")
+    if by_source is not None:
+        values[above_truncated] = _share_above(by_source["icae_minus"]["truncated context"]), None
+        values[above_none] = _share_above(by_source["icae_minus"]["no context"]), None
     return values
+
+
+def _share_above(sources: Record) -> float:
+    """Of how many sources the answers are better, by ROUGE-L where references are long and by token F1 elsewhere."""
+    return sum(found.get("rougeL", found["f1"]) > 0 for found in sources.values()) / len(sources)
 
 
 def reached(name: str, value: float) -> bool:
@@ -131,9 +146,10 @@ def main(argv: list[str] | None = None) -> None:
     reconstruction = read("reconstruction")
     if reconstruction is None:
         raise ValueError(f"Expected reconstruction.json in {str(results)!r}, got none: `make evaluate` writes it.")
-    continuation, answers, pretrained = read("continuation"), read("answers"), read("pretrained")
-    now = measures(length, reconstruction, continuation, answers)
-    before = measures(length, pretrained, None, None, "pretrained") if pretrained else {}
+    continuation, pretrained = read("continuation"), read("pretrained")
+    answers, by_source = read("answers"), read("answers_by_source")
+    now = measures(length, reconstruction, continuation, answers, by_source)
+    before = measures(length, pretrained, name="pretrained") if pretrained else {}
     rows = []
     for name, (side, aim) in AIMS.items():
         value, interval = now.get(name, NOT_MEASURED)
@@ -145,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     loss, (_, aim) = next(iter(AIMS.items()))
     curves = {name: curve for name in RUNS if (curve := read(name)) is not None}
     files = {"reconstruction": reconstruction, "continuation": continuation, "answers": answers}
-    files |= {"pretrained": pretrained}
+    files |= {"answers_by_source": by_source, "pretrained": pretrained}
     record = {"what": "the embedded checkpoint against its aims", "length": length, "aims": rows}
     record |= {"slope_of": loss, "slopes": slopes(curves, aim)}
     record |= {"measured_by": {name: _source(file) for name, file in files.items() if file is not None}}

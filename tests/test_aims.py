@@ -31,7 +31,7 @@ def write(tmp_path, monkeypatch):
 
 
 def test_a_loss_should_be_below_its_aim_and_a_score_above():
-    loss, bleu, *_ = ("autoencoding loss, nats", "BLEU")
+    loss, bleu = ("autoencoding loss, nats", "BLEU")
     assert reached(loss, 0.10) and not reached(loss, 0.11)
     assert reached(bleu, 0.95) and not reached(bleu, 0.94)
 
@@ -112,9 +112,10 @@ def test_values_now_and_after_the_first_run_stand_beside_the_aims(write):
     continuation = {"models": {"one": {"128": {"icae": percent}}}}
     after, before = reconstruction(0.3, prefix=0.1), reconstruction(0.08)
     record = write(reconstruction=after, pretrained=before, continuation=continuation, answers=answers)
-    columns = {key: [row[key] for row in record["aims"]] for key in ("value", "reached", "after_first_run")}
-    assert columns["value"] == [0.3, 0.96, 0.1, 0.08, 0.94] and columns["reached"] == [False, True, False, True, True]
-    assert columns["after_first_run"] == [0.08, 0.96, 0.7, None, None]
+    columns = {key: [row.get(key) for row in record["aims"]] for key in ("value", "reached", "after_first_run")}
+    assert columns["value"] == [0.3, 0.96, 0.1, 0.08, 0.94, None, None]
+    assert columns["reached"] == [False, True, False, True, True, None, None]
+    assert columns["after_first_run"] == [0.08, 0.96, 0.7, None, None, None, None]
     text = tables.aims(record)
     assert "| autoencoding loss, nats | at most 0.1 | 0.08 | 0.30 | no |" in text and "power law" not in text
     assert "| at most 0.1 | – | 0.08 [0.07, 0.09] | yes |" in text
@@ -123,8 +124,19 @@ def test_values_now_and_after_the_first_run_stand_beside_the_aims(write):
 
 def test_what_is_not_measured_is_neither_reached_nor_missed(write):
     record = write(reconstruction=reconstruction(0.3))
-    assert [row.get("reached") for row in record["aims"]] == [False, True, True, None, None]
+    assert [row.get("reached") for row in record["aims"]] == [False, True, True, None, None, None, None]
     assert "| – | – | – |" in tables.aims(record)
+
+
+def test_long_answers_of_a_source_are_better_by_rouge_l_and_short_ones_by_f1(write):
+    """One that is as good is not better."""
+    long, short = {"f1": -0.1, "rougeL": 0.1}, {"f1": 0.1}
+    none = {"long": {"f1": 0.1, "rougeL": 0.0}, "short": short, "other": {"f1": -0.1}, "last": {"f1": 0.2}}
+    by_source = {"icae_minus": {"truncated context": {"long": long, "short": short}, "no context": none}}
+    record = write(reconstruction=reconstruction(0.1), answers_by_source=by_source)
+    assert [row["value"] for row in record["aims"][-2:]] == [1.0, 0.5]
+    assert [row["reached"] for row in record["aims"][-2:]] == [True, False]
+    assert "| at least 1.0 | – | 1.00 | yes |" in tables.aims(record)
 
 
 def test_results_of_several_models_are_refused(write, capsys):
