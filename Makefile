@@ -91,7 +91,9 @@ $(DONE)/continuation: RUN_THIS = evaluate continuation --data $(DATA)/validation
 $(DONE)/probes: RUN_THIS = evaluate probes --data $(DATA)/validation.parquet \
   --without wikitext2 de_eltec code_python_stdlib --pairs 24 --per-kind 24
 $(DONE)/answers: RUN_THIS = evaluate answers --data $(TRIPLES)/validation.parquet --per-source 5 --dtype float32 $(OPTIONAL_READERS)
-BY_SOURCE = evaluate answers --data $(TRIPLES)/validation.parquet --per-source 12 --dtype float32 \
+$(DONE)/by_source: PER_SOURCE = 20
+$(DONE)/by_source_penalty: PER_SOURCE = 12
+BY_SOURCE = evaluate answers --data $(TRIPLES)/validation.parquet --per-source $(PER_SOURCE) --dtype float32 \
   --readers icae "full context" "truncated context" "no context"
 $(DONE)/by_source: RUN_THIS = $(BY_SOURCE) --output results/answers_by_source.json
 $(DONE)/by_source_penalty: RUN_THIS = $(BY_SOURCE) --repetition-penalty 1.15 --output results/answers_by_source_penalty.json
