@@ -229,9 +229,10 @@ def better_and_worse(record: Record, name: str = "answers_by_source") -> str:
         rows.append(row)
     head = ["icae against", *(word for name in measures for word in (f"{name} better", "worse"))]
     rows_each = record["arguments"]["per_source"]
-    title = f"**Source by source**, {record['rows']} held-out prompts, at most {rows_each} of each source"
+    prompts = f"{record['rows']} held-out prompts, at most {rows_each} of each source"
+    title = f"**Source by source**, {prompts}"
     if penalty != 1:
-        title = f"**With a repetition penalty** of {penalty} on what an answer itself has said, for all readers"
+        title = f"**With a repetition penalty** of {penalty} on what an answer itself has said, all readers, {prompts}"
     surely = f"""\
 ROUGE-L is of the sources whose references have {SHORT_ANSWERS} words or more on average.
 Surely, and in bold: the interval of the difference, which holds 95%, does not hold 0.
