@@ -91,12 +91,11 @@ $(DONE)/continuation: RUN_THIS = evaluate continuation --data $(DATA)/validation
 $(DONE)/probes: RUN_THIS = evaluate probes --data $(DATA)/validation.parquet \
   --without wikitext2 de_eltec code_python_stdlib --pairs 24 --per-kind 24
 $(DONE)/answers: RUN_THIS = evaluate answers --data $(TRIPLES)/validation.parquet --per-source 5 --dtype float32 $(OPTIONAL_READERS)
-$(DONE)/by_source: PER_SOURCE = 20
-$(DONE)/by_source_penalty: PER_SOURCE = 12
-BY_SOURCE = evaluate answers --data $(TRIPLES)/validation.parquet --per-source $(PER_SOURCE) --dtype float32 \
+BY_SOURCE = evaluate answers --data $(TRIPLES)/validation.parquet --dtype float32 \
   --readers icae "full context" "truncated context" "no context"
-$(DONE)/by_source: RUN_THIS = $(BY_SOURCE) --output results/answers_by_source.json
-$(DONE)/by_source_penalty: RUN_THIS = $(BY_SOURCE) --repetition-penalty 1.15 --output results/answers_by_source_penalty.json
+$(DONE)/by_source: RUN_THIS = $(BY_SOURCE) --per-source 20 --output results/answers_by_source.json
+$(DONE)/by_source_penalty: RUN_THIS = $(BY_SOURCE) --per-source 12 --repetition-penalty 1.15 \
+  --output results/answers_by_source_penalty.json
 $(DONE)/bench: RUN_THIS = bench generate --contexts 512 1024 2048 4096 8000 --repeats 2
 $(DONE)/bench_ratios: RUN_THIS = bench generate --batches 4 --contexts 512 --ratios 2 4 8 16 --repeats 2 --no-memory \
   --output results/bench_generate_ratios.json

@@ -62,13 +62,14 @@ def measures(
     if answers is not None and "f1_share_of_full_context" in (row := answers["summary"]["icae"]):
         values[f1] = row["f1_share_of_full_context"], row.get("f1_share_interval")
     if by_source is not None:
-        values[above_truncated] = _share_above(by_source["icae_minus"]["truncated context"]), None
-        values[above_none] = _share_above(by_source["icae_minus"]["no context"]), None
+        for aim, other in ((above_truncated, "truncated context"), (above_none, "no context")):
+            if other in by_source["icae_minus"]:  # not where only some readers were compared
+                values[aim] = _share_above(by_source["icae_minus"][other]), None
     return values
 
 
 def _share_above(sources: Record) -> float:
-    """Of how many sources the answers are better, by ROUGE-L where references are long and by token F1 elsewhere."""
+    """The share of sources with better answers: by ROUGE-L where references are long, by token F1 elsewhere."""
     return sum(found.get("rougeL", found["f1"]) > 0 for found in sources.values()) / len(sources)
 
 

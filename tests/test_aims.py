@@ -137,6 +137,8 @@ def test_long_answers_of_a_source_are_better_by_rouge_l_and_short_ones_by_f1(wri
     assert [row["value"] for row in record["aims"][-2:]] == [1.0, 0.5]
     assert [row["reached"] for row in record["aims"][-2:]] == [True, False]
     assert "| at least 1.0 | – | 1.00 | yes |" in tables.aims(record)
+    del by_source["icae_minus"]["truncated context"]
+    assert [row["value"] for row in write(answers_by_source=by_source)["aims"][-2:]] == [None, 0.5]
 
 
 def test_results_of_several_models_are_refused(write, capsys):
