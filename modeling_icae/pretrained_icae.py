@@ -443,7 +443,9 @@ class ICAEPreTrainedModel(PreTrainedModel):
     def fingerprint(self) -> str:
         """Digest of base, adapter, memory embeddings and configuration: which model a memory belongs to."""
         parameters = self.trainable_parameters()
-        versions = tuple((parameter.data_ptr(), parameter._version) for parameter in parameters.values())
+        # Fused optimizers change weights without counting a version: those that every step changes are read as well.
+        slots = self.memory_embeddings.detach().float().cpu().numpy().tobytes()
+        versions = (slots, *((parameter.data_ptr(), parameter._version) for parameter in parameters.values()))
         if self._fingerprint is None or self._fingerprint[0] != versions:
             kind = [self.config.memory_type, self.config.encoder_layout, self.config.lora_alpha]
             digest = hashlib.sha256(json.dumps([self.config.base_model_fingerprint, *kind]).encode())

@@ -98,6 +98,17 @@ def test_a_memory_of_an_earlier_state_of_training(model):
         model.reconstruct(memory)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_memory_of_before_a_step_of_training(make_icae, fused):
+    model = make_icae()
+    memory = model.eval().compress("text")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=fused)
+    model.train()(context_ids=torch.tensor([[7, 8, 9]])).loss.backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="another state of its training"):
+        model.eval().reconstruct(memory)
+
+
 def test_something_else_as_a_memory(model):
     with pytest.raises(TypeError, match="Expected `memory` to be an ICAEMemory, got str"):
         model.generate(memory="text", prompt="Who?")
