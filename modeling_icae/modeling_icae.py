@@ -434,6 +434,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         response_ids: torch.Tensor | None = None,
         response_mask: torch.Tensor | None = None,
         context_index: torch.Tensor | None = None,
+        rejected_rows: torch.Tensor | None = None,
         autoencoding_rows: torch.Tensor | None = None,
         autoencoding_weight: float | None = None,
         continuation_weight: float | None = None,
@@ -464,6 +465,9 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             context_index (`torch.LongTensor` of shape `(num_prompts,)`, *optional*):
                 Row of the context that each prompt is about, so that many prompts share one encoder pass. Default:
                 one prompt per context.
+            rejected_rows (`torch.BoolTensor` of shape `(num_prompts,)`, *optional*):
+                Responses that are no part of the loss, to be compared with others by `token_losses`, which have a
+                gradient. Default: none.
             autoencoding_rows (`torch.BoolTensor` of shape `(batch_size,)`, *optional*):
                 Rows to autoencode. Default: all.
             autoencoding_weight (`float`, *optional*):
@@ -540,8 +544,11 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                     raise ValueError("Expected `context_ids`, which the teacher reads, beside `memory`; got None.")
                 teacher = self._read_full_context(context_ids[about], context_mask[about], text[rows])
                 loss = (1 - distillation_weight) * loss + distillation_weight * self._divergence(hidden, teacher)
-            task_losses[task] = loss.mean()
-            token_losses[task] = loss.new_zeros(targets.shape).masked_scatter(targets, loss.detach())
+            counted = loss
+            if task == "instruction" and rejected_rows is not None:
+                counted = loss[~rejected_rows[targets.nonzero()[:, 0]]]
+            task_losses[task] = counted.mean()
+            token_losses[task] = loss.new_zeros(targets.shape).masked_scatter(targets, loss)
             if hit is not None:
                 token_correct[task] = targets.masked_scatter(targets, hit)
         return ICAEOutput(

@@ -19,6 +19,11 @@ class ICAESFTConfig(ICAETrainingConfig):
         distillation_weight (`float`, *optional*, defaults to `0.0`):
             Share of the loss that comes from the frozen base with the whole context, see
             [`~ICAEForConditionalGeneration.forward`]. Takes no memory for another model, but a forward pass.
+        preference_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of the preference loss (DPO, arXiv 2305.18290) beside that of the responses, where rows have a
+            `rejected` one too. `icae write-preferences` makes such rows of a model's own answers.
+        beta (`float`, *optional*, defaults to `0.1`):
+            Of this loss, as in `trl.DPOConfig`: the higher, the less the model may leave what it was at the start.
         max_context_length (`int`, *optional*):
             Rows with more context tokens are left out, and counted. Default: what the base has positions for.
         eval_generations (`int`, *optional*, defaults to `16`):
@@ -34,6 +39,10 @@ class ICAESFTConfig(ICAETrainingConfig):
     distillation_weight: float = field(
         default=0.0, metadata={"help": "Share of the loss that the frozen base with the whole context teaches."}
     )
+    preference_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the preference loss, where rows have a `rejected` response."}
+    )
+    beta: float = field(default=0.1, metadata={"help": "Of the preference loss: how near to the start it stays."})
     max_context_length: int | None = field(
         default=None, metadata={"help": "Rows with more context tokens are left out, and counted."}
     )
@@ -54,6 +63,16 @@ class ICAESFTConfig(ICAETrainingConfig):
         super().__post_init__()
         if self.max_prompts < 1:
             raise ValueError(f"Expected `max_prompts` of at least 1 per context, got {self.max_prompts}.")
+        if self.preference_weight < 0 or self.beta <= 0:
+            raise ValueError(
+                "Expected a `preference_weight` of at least 0 and a `beta` above 0, got "
+                f"{self.preference_weight} and {self.beta}."
+            )
+        if self.preference_weight and self.distillation_weight:
+            raise ValueError(
+                "Expected `distillation_weight` or `preference_weight`, got both: preference is between probabilities "
+                "of responses, distillation replaces them by a divergence. Tune in two runs."
+            )
         for name in ("pretraining_share", "distillation_weight"):
             share = getattr(self, name)
             if not 0 <= share <= 1 or (share == 1 and name == "pretraining_share"):

@@ -40,6 +40,7 @@ SAMPLE_FEATURES = Features(
         "context_lengths": IDS,
         "prompt_ids": List(IDS),
         "response_ids": List(IDS),
+        "rejected_ids": List(IDS),
     }
 )
 SHORT_SHARE = 0.1  # of the samples that train reconstruction: cut short at a random length
@@ -61,13 +62,17 @@ def prepare_sft_dataset(
 ) -> AnyDataset:
     """
     Turns a data set of triples, in memory or streamed, into one with the columns `context_ids`, `context_lengths`,
-    `continuation_ids`, `prompt_ids`, `response_ids` (each a list of lists, one per prompt) and `length` (tokens of the
-    context).
+    `continuation_ids`, `prompt_ids`, `response_ids`, `rejected_ids` (each of the last three a list of lists, one per
+    prompt) and `length` (tokens of the context).
 
     Columns of triples are `context`, `prompt`, `response` or PwC's `input`, `prompt`, `answer`; or `context` and
     `messages`, a conversation about the context whose last message, the assistant's, is the response, and whose first
     one is the user's: a template puts a system's in front of the context, where no row can have one of its own. A
     context may be a list of texts, each of which is compressed apart.
+
+    A column `rejected` holds responses that the ones beside them are preferred to, for preference tuning; rows may
+    have none. Responses of either kind may also be token ids, such as a model wrote: they are taken as they are, and
+    end only if they end with an end token.
 
     Args:
         dataset (`Dataset` or `IterableDataset`): the triples.
@@ -146,6 +151,12 @@ def prepare_sft_dataset(
             prompt_ids = encode_prompt(tokenizer, prompt)
         except ValueError as error:
             raise ValueError(f"Row {index}: {error}") from error
+        rejected = row.get("rejected")
+        if rejected is not None and (not isinstance(rejected, str | list) or not rejected):
+            raise ValueError(
+                f"Row {index}: Expected a rejected response of at least one letter, or none, got {rejected!r}; filter "
+                "the rows."
+            )
         if not all(contexts) or not response:
             name = "response" if all(contexts) else "context"
             raise ValueError(f"Expected a {name} of at least one letter, got none in row {index}; filter the rows.")
@@ -154,11 +165,17 @@ def prepare_sft_dataset(
             "context_lengths": [len(ids) for ids in contexts],
             "continuation_ids": [],
             "prompt_ids": [prompt_ids],
-            "response_ids": [encode_response(tokenizer, response, end_token_ids)],
+            "response_ids": [_response_ids(response)],
+            "rejected_ids": [_response_ids(rejected) if rejected else []],
         }
 
-    def fits(lengths: list[int], prompts: list[list[int]], responses: list[list[int]]) -> bool:
-        total = prefix_length + sum(lengths) + len(prompts[0]) + len(responses[0])
+    def _response_ids(response: str | list[int]) -> list[int]:
+        return encode_response(tokenizer, response, end_token_ids) if isinstance(response, str) else response
+
+    def fits(
+        lengths: list[int], prompts: list[list[int]], responses: list[list[int]], rejected: list[list[int]]
+    ) -> bool:
+        total = prefix_length + sum(lengths) + len(prompts[0]) + max(len(responses[0]), len(rejected[0]))
         if slots_have_positions:
             starts = ((length, start) for length in lengths for start in range(0, length, span_length))
             total += sum(slots_for(min(span_length, length - start)) for length, start in starts)
@@ -172,7 +189,8 @@ def prepare_sft_dataset(
             for first in range(0, len(neighbours), max_prompts):
                 gathered = neighbours[first : first + max_prompts]
                 place, sample = gathered[0]
-                lists = {name: [row[name][0] for _, row in gathered] for name in ("prompt_ids", "response_ids")}
+                names = ("prompt_ids", "response_ids", "rejected_ids")
+                lists = {name: [row[name][0] for _, row in gathered] for name in names}
                 yield place, sample | lists
 
     def mix(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
@@ -194,7 +212,7 @@ def prepare_sft_dataset(
         return {name: [row[name] for row in rows] for name in rows[0]}
 
     encoded = dataset.map(encode, with_indices=True, remove_columns=columns, **processes(dataset, num_proc))
-    fitting = encoded.filter(fits, input_columns=["context_lengths", "prompt_ids", "response_ids"])
+    fitting = encoded.filter(fits, input_columns=["context_lengths", "prompt_ids", "response_ids", "rejected_ids"])
     if isinstance(encoded, Dataset) and len(fitting) < len(encoded):
         left_out = (
             f"{len(encoded) - len(fitting)} of {len(encoded)} rows, which are longer than "
@@ -233,14 +251,15 @@ def prepare_sft_dataset(
 def _without_prompts(sample: dict[str, Any]) -> dict[str, Any]:
     """A sample of reconstruction and continuation alone."""
     length = len(sample["context_ids"])
-    return sample | {"context_lengths": [length], "prompt_ids": [], "response_ids": [], "length": length}
+    nothing: dict[str, list] = {"prompt_ids": [], "response_ids": [], "rejected_ids": []}
+    return sample | nothing | {"context_lengths": [length], "length": length}
 
 
 def _context_of(row: dict[str, Any]) -> tuple[list[int], list[int]]:
     return row["context_ids"], row["context_lengths"]
 
 
-def _prompt_and_response(row: dict[str, Any]) -> tuple[str | list[dict[str, Any]], str]:
+def _prompt_and_response(row: dict[str, Any]) -> tuple[str | list[dict[str, Any]], str | list[int]]:
     if "messages" not in row:
         prompt, response = row["prompt"], row["response"]
     else:
@@ -249,7 +268,7 @@ def _prompt_and_response(row: dict[str, Any]) -> tuple[str | list[dict[str, Any]
         if len(messages) < 2 or roles[-1] != "assistant":
             raise ValueError(f"Expected `messages` that end with the assistant's, got the roles {roles}.")
         prompt, response = messages[:-1], messages[-1]["content"]
-    if not isinstance(prompt, str | list) or not isinstance(response, str | None):
+    if not isinstance(prompt, str | list) or not isinstance(response, str | list | None):
         raise ValueError(f"Expected a prompt and one response as texts, got {prompt!r} and {response!r}.")
     return prompt, response or ""
 
@@ -258,14 +277,16 @@ def _prompt_and_response(row: dict[str, Any]) -> tuple[str | list[dict[str, Any]
 class DataCollatorForICAESFT:
     """
     Pads the ids of samples from [`prepare_sft_dataset`] on the right. Prompts and responses have a row each;
-    `context_index` says which row of the contexts they are about.
+    `context_index` says which row of the contexts they are about. A rejected response stands in the row behind the one
+    preferred to it, and `rejected_rows` says so; `reference_margins` has a number for each such pair, if
+    [`ICAESFTTrainer`] has computed them.
 
     Example:
 
     ```python
     >>> collator = DataCollatorForICAESFT()
     >>> sample = dict(context_ids=[7, 8], context_lengths=[2], continuation_ids=[])
-    >>> collator([sample | dict(prompt_ids=[[4], [3, 6]], response_ids=[[5, 2], [8, 2]])])
+    >>> collator([sample | dict(prompt_ids=[[4], [3, 6]], response_ids=[[5, 2], [8, 2]], rejected_ids=[[], []])])
     {'context_ids': tensor([[7, 8]]), 'context_mask': tensor([[True, True]]),
      'prompt_ids': tensor([[4, 0], [3, 6]]), 'prompt_mask': tensor([[True, False], [True, True]]),
      'response_ids': tensor([[5, 2], [8, 2]]), 'response_mask': tensor([[True, True], [True, True]]),
@@ -278,14 +299,22 @@ class DataCollatorForICAESFT:
 
     def __call__(self, samples: list[dict]) -> dict[str, Any]:
         batch = pad_samples(samples, ("context", "continuation"))
+        names = ("prompt_ids", "response_ids", "rejected_ids")
         asked = [
-            {"prompt_ids": prompt, "response_ids": response, "index": index}
+            {"prompt_ids": prompt, "response_ids": ids, "index": index, "is_rejected": is_rejected}
             for index, sample in enumerate(samples)
-            for prompt, response in zip(sample["prompt_ids"], sample["response_ids"], strict=True)
+            for prompt, response, rejected in zip(*(sample[name] for name in names), strict=True)
+            for ids, is_rejected in ((response, False), (rejected, True))
+            if ids
         ]
         if asked:
             batch |= pad_samples(asked, ("prompt", "response"))
             batch["context_index"] = torch.tensor([row["index"] for row in asked])
+        if any(row["is_rejected"] for row in asked):
+            batch["rejected_rows"] = torch.tensor([row["is_rejected"] for row in asked])
+            margins = [margin for sample in samples for margin in sample.get("reference_margins", ())]
+            if margins:  # else they are what is asked for
+                batch["reference_margins"] = torch.tensor(margins)
         lengths = [torch.tensor(sample["context_lengths"]) for sample in samples]
         batch["context_lengths"] = pad_sequence(lengths, batch_first=True)
         batch["autoencoding_rows"] = torch.tensor([not sample["response_ids"] for sample in samples])

@@ -4,10 +4,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from icae.evaluation.measures import exact_match, token_f1
-from icae.modeling_icae import GREEDY, ICAEForConditionalGeneration
+from icae.modeling_icae import GREEDY, ICAEForConditionalGeneration, ICAEOutput
 
 from .icae_trainer import ICAETrainer
 from .sft_config import ICAESFTConfig
@@ -22,6 +25,12 @@ class ICAESFTTrainer(ICAETrainer):
     Besides what [`ICAETrainer`] logs, evaluation logs token F1 and exact match of real answers and, with a
     `pretraining_share`, how well the held-out contexts are still reconstructed, where the base has positions for it.
     Its loss weighs both tasks with the weights of training.
+
+    **Preferences.** With a `preference_weight`, rows that have a `rejected` response are trained by direct preference
+    optimisation (DPO, arXiv 2305.18290) as well: the probability of the response rises against that of the rejected
+    one, compared with what both were before training. That takes no second model, for the probabilities of the start
+    are computed for all rows when training begins. Logged are TRL's `rewards/accuracies` and `rewards/margins`.
+    Evaluation does not read rejected responses.
 
     Args:
         model ([`ICAEForConditionalGeneration`]):
@@ -38,6 +47,7 @@ class ICAESFTTrainer(ICAETrainer):
 
     _name = "ICAE SFT"
     args: ICAESFTConfig
+    train_dataset: Any  # samples, see `prepare_sft_dataset`
     _collator = DataCollatorForICAESFT
     _arguments_class = ICAESFTConfig
 
@@ -46,10 +56,15 @@ class ICAESFTTrainer(ICAETrainer):
         super().__init__(model, args, train_dataset, eval_dataset, *arguments, **options)
 
     def _prepare(self, dataset, model: ICAEForConditionalGeneration, args: ICAESFTConfig, training: bool):
-        if "context_ids" in (dataset.column_names or ()):
+        columns = dataset.column_names or ()
+        if training:
+            _check_preferences(dataset, args.preference_weight)
+        elif "rejected" in columns:
+            dataset = dataset.remove_columns("rejected")
+        if "context_ids" in columns:
             if training and self._documents is not None:
                 raise ValueError("Expected triples with `documents`, got samples; give `documents` to what made them.")
-            samples = dataset
+            samples = dataset if training else dataset.map(_without_rejected)
         else:
             samples = prepare_sft_dataset(
                 dataset,
@@ -67,6 +82,43 @@ class ICAESFTTrainer(ICAETrainer):
         if args.autoencoding_weight == 0:
             samples = samples.filter(_trains_without_autoencoding, input_columns=["prompt_ids", "continuation_ids"])
         return samples
+
+    def train(self, *args, **kwargs):
+        if self.args.preference_weight and "reference_margins" not in self.train_dataset.column_names:
+            self._add_reference_margins()
+        return super().train(*args, **kwargs)
+
+    @torch.no_grad()
+    def _add_reference_margins(self) -> None:
+        """To each sample, how much likelier its responses are now than the rejected ones, in nats."""
+        training = self.model.training
+        self.model.eval()  # without dropout
+        batches = DataLoader(
+            self.train_dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            collate_fn=self.data_collator,
+        )
+        margins: list[float] = []
+        for batch in tqdm(batches, desc="reference", disable=not self.is_world_process_zero()):
+            if "rejected_rows" in batch:
+                batch = self._prepare_inputs(batch)
+                outputs = self.model(**batch, autoencoding_weight=0.0)
+                margins += _margins(outputs, batch["rejected_rows"]).tolist()
+        self.model.train(training)
+        rest = iter(margins)
+        column = [[next(rest) for ids in rejected if ids] for rejected in self.train_dataset["rejected_ids"]]
+        self.train_dataset = self.train_dataset.add_column("reference_margins", column)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        reference = inputs.pop("reference_margins", None)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        if reference is not None:
+            rewards = self.args.beta * (_margins(outputs, inputs["rejected_rows"]) - reference)
+            weight = self.args.preference_weight * self._weights(inputs)["instruction_weight"]
+            loss = outputs.loss = loss - weight * F.logsigmoid(rewards).mean()
+            self._metrics["train"]["rewards/accuracies"].append((rewards > 0).float().mean().item())
+            self._metrics["train"]["rewards/margins"].append(rewards.mean().item())
+        return (loss, outputs) if return_outputs else loss
 
     def _document_lengths(self, dataset: Dataset) -> Iterator[int]:
         rows = dataset.select_columns(["length", "prompt_ids"])
@@ -117,6 +169,42 @@ class ICAESFTTrainer(ICAETrainer):
                 results["f1"].append(token_f1(answer, reference))
                 results["exact_match"].append(exact_match(answer, reference))
         return {name: sum(values) / len(values) for name, values in results.items() if values}
+
+
+def _without_rejected(sample: dict[str, Any]) -> dict[str, Any]:
+    return {"rejected_ids": [[] for _ in sample["prompt_ids"]]}
+
+
+def _margins(outputs: ICAEOutput, rejected_rows: torch.Tensor) -> torch.Tensor:
+    """How much likelier each preferred response is than the rejected one in the row behind it, in nats."""
+    nats = outputs.token_losses["instruction"].sum(dim=1)
+    rejected = rejected_rows.nonzero()[:, 0]
+    return nats[rejected] - nats[rejected - 1]
+
+
+def _check_preferences(dataset, weight: float) -> None:
+    """Raises a `ValueError` if there are rejected responses without a weight, a weight without them, or a stream."""
+    columns = dataset.column_names or ()
+    if not isinstance(dataset, Dataset):
+        found = "rejected" in columns
+    elif "context_ids" in columns:
+        found = any(any(rejected) for rejected in dataset["rejected_ids"])
+    else:
+        found = "rejected" in columns and any(dataset["rejected"])
+    if found and not weight:
+        raise ValueError(
+            "Expected a `preference_weight` above 0 with `rejected` responses, got 0; set it, or remove the column."
+        )
+    if weight and not found:
+        raise ValueError(
+            f"Expected rows with a `rejected` response for a `preference_weight` of {weight}, got none; write them "
+            "with `icae write-preferences`, or leave the weight at 0."
+        )
+    if weight and not isinstance(dataset, Dataset):
+        raise ValueError(
+            "Expected a data set in memory with a `preference_weight`, got a streamed one: how likely its responses "
+            "are is computed before training; load it without streaming."
+        )
 
 
 def _trains_without_autoencoding(prompt_ids: list[list[int]], continuation_ids: list[int]) -> bool:

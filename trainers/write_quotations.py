@@ -66,14 +66,14 @@ def _parts(context: str, words: list[tuple[int, int]], sizes: list[int], rng: np
     return parts if context.count(parts[0]) == 1 else []
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Prompts whose responses stand in the context, beside given triples.")
-    parser.add_argument("--data", required=True, help="Parquet file: context, prompt, response")
-    parser.add_argument("--output", required=True, help="Parquet file to write: those rows and the new ones")
-    parser.add_argument("--per-context", type=int, default=2, help="new rows per context, at most")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
-    dataset = load_dataset("parquet", data_files=arguments.data, split="train")
+def load_triples(file: str) -> Dataset:
+    """
+    The rows of a Parquet file, with the columns `context`, `prompt` and `response`.
+
+    Raises:
+        `ValueError`: if it has neither these columns nor PWC's.
+    """
+    dataset = load_dataset("parquet", data_files=file, split="train")
     if {"input", "prompt", "answer"} <= {*dataset.column_names}:
         dataset = dataset.rename_columns(PWC_NAMES)
     if not {*COLUMNS} <= {*dataset.column_names}:
@@ -81,6 +81,17 @@ def main(argv: list[str] | None = None) -> None:
             "Expected the columns `context`, `prompt` and `response`, or `input`, `prompt` and `answer`, got "
             f"{dataset.column_names}."
         )
+    return dataset
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Prompts whose responses stand in the context, beside given triples.")
+    parser.add_argument("--data", required=True, help="Parquet file: context, prompt, response")
+    parser.add_argument("--output", required=True, help="Parquet file to write: those rows and the new ones")
+    parser.add_argument("--per-context", type=int, default=2, help="new rows per context, at most")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    dataset = load_triples(arguments.data)
 
     def rows() -> Iterator[dict[str, Any]]:
         for index, (context, group) in enumerate(groupby(dataset, lambda row: row["context"])):

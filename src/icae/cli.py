@@ -17,6 +17,7 @@ OWN_PARSERS = {
     ("pretrain",): "icae.trainers.pretrain",
     ("sft",): "icae.trainers.sft",
     ("write-responses",): "icae.trainers.write_responses",
+    ("write-preferences",): "icae.trainers.write_preferences",
     ("write-quotations",): "icae.trainers.write_quotations",
     ("average",): "icae.trainers.average",
     ("push",): "icae.hub_upload.command",
@@ -100,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("pretrain", help="pretrain from a YAML file: icae pretrain --config FILE")
     commands.add_parser("sft", help="tune on triples from a YAML file: icae sft --config FILE")
     commands.add_parser("write-responses", help="responses of the frozen base with the whole context, to tune on")
+    commands.add_parser("write-preferences", help="pairs of a model's own better and worse answers, to tune on")
     commands.add_parser("write-quotations", help="prompts whose responses stand in the context, to tune on")
     commands.add_parser("average", help="mean of the weights of checkpoints of one training")
     commands.add_parser("sweep", help="short training runs side by side, from a YAML file: icae sweep FILE")

@@ -1,0 +1,94 @@
+"""
+`icae write-preferences --data FILE.parquet --output FILE.parquet`: pairs of a model's own better and worse answers.
+
+The model answers each prompt from the slots of its context, greedily and a few times by chance. Of these answers, the
+one that overlaps most with the response of the row is preferred to the greedy one or, where the greedy one is as good,
+to the one that overlaps least. Tuning on both (`icae sft --preference_weight`) teaches what tuning on responses alone
+cannot: not to say what the model itself would say wrongly, such as the same words again and again.
+
+The pairs are rows of their own behind those of the data, with which they share an encoder pass in tuning. Their
+responses are token ids as they were written; one that was not at its end has no end token, and so none is trained.
+
+Overlap is ROUGE-L, and token F1 with responses of less than ten words, as in `icae evaluate answers`.
+"""
+
+import argparse
+from typing import Any
+
+import torch
+from datasets import Dataset, Features
+from tqdm.auto import tqdm
+
+from icae.cli import add_dtype_argument, load_model
+from icae.evaluation.measures import SHORT_ANSWERS, scores
+from icae.modeling_icae import GREEDY, ICAEForConditionalGeneration
+from icae.modeling_icae.chat_icae import encode_response
+
+from .pretraining_data import IDS
+from .write_quotations import load_triples
+
+
+def answers(model: ICAEForConditionalGeneration, rows: list[dict[str, Any]], **sampling: Any) -> list[list[list[int]]]:
+    """For each row, the token ids of its greedy answer and of `num_return_sequences` others, each with its end."""
+    memory = model.compress([row["context"] for row in rows])
+    prompts, length = [row["prompt"] for row in rows], sampling.pop("max_new_tokens")
+    greedy = model.generate(memory=memory, prompt=prompts, max_new_tokens=length, **GREEDY)
+    others = model.generate(memory=memory, prompt=prompts, max_new_tokens=length, do_sample=True, top_k=0, **sampling)
+
+    def ended(ids: list[int]) -> list[int]:
+        ends = [place for place, token in enumerate(ids) if token in model.end_token_ids]
+        return ids[: ends[0] + 1] if ends else ids
+
+    samples = others.view(len(rows), -1, others.shape[1])
+    return [[ended(ids.tolist()) for ids in (first, *more)] for first, more in zip(greedy, samples, strict=True)]
+
+
+def better_and_worse(overlaps: list[float], least_gap: float) -> tuple[int, int] | None:
+    """Which of several answers, the greedy one first, to prefer to which; none if they overlap alike."""
+    better, worse = max(range(len(overlaps)), key=overlaps.__getitem__), 0
+    if overlaps[better] - overlaps[0] < least_gap:
+        worse = min(range(len(overlaps)), key=overlaps.__getitem__)
+    return (better, worse) if overlaps[better] - overlaps[worse] >= least_gap else None
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Pairs of a model's own better and worse answers, beside given rows.")
+    parser.add_argument("--data", required=True, help="Parquet file: context, prompt, response")
+    parser.add_argument("--output", required=True, help="Parquet file to write: those rows and the pairs")
+    parser.add_argument("--model", help="the ICAE that answers (default: the embedded checkpoint)")
+    parser.add_argument("--base", help="its base, if not where the ICAE says")
+    add_dtype_argument(parser)
+    parser.add_argument("--samples", type=int, default=4, help="answers by chance, beside the greedy one")
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--least-gap", type=float, default=0.08, help="of overlap, from 0 to 1; others make no pair")
+    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--batch-size", type=int, default=6, help="prompts answered at once")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    dataset = load_triples(arguments.data)
+    model = load_model(arguments.model, arguments.base, arguments.dtype)
+    torch.manual_seed(arguments.seed)
+
+    sampling = {
+        "num_return_sequences": arguments.samples,
+        "temperature": arguments.temperature,
+        "top_p": arguments.top_p,
+        "max_new_tokens": arguments.max_new_tokens,
+    }
+
+    written = []
+    for first in tqdm(range(0, len(dataset), arguments.batch_size)):
+        batch = dataset.select(range(first, min(first + arguments.batch_size, len(dataset)))).to_list()
+        for row, found in zip(batch, answers(model, batch, **sampling), strict=True):
+            response = encode_response(model.tokenizer, row["response"], model.end_token_ids)
+            written.append(row | {"response": response, "rejected": None})
+            measure = "rougeL" if len(row["response"].split()) >= SHORT_ANSWERS else "f1"
+            texts = model.tokenizer.batch_decode(found, skip_special_tokens=True)
+            pair = better_and_worse([scores(text, row["response"])[measure] for text in texts], arguments.least_gap)
+            if pair is not None:
+                better, worse = pair
+                written.append(row | {"response": found[better], "rejected": found[worse]})
+    features = Features(dataset.features | {"response": IDS, "rejected": IDS})
+    Dataset.from_list(written, features=features).to_parquet(arguments.output)
+    print(f"{len(written)} rows in {arguments.output}, {len(written) - len(dataset)} of them pairs")
