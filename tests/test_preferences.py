@@ -1,10 +1,14 @@
 """Preference tuning: pairs of responses, their loss, and the command that writes them."""
 
+import json
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
@@ -151,6 +155,22 @@ def test_a_resumed_run_compares_with_the_start_as_an_unbroken_one_does(make_trai
     resumed.train(resume_from_checkpoint=str(Path(unbroken.args.output_dir) / "checkpoint-3"))
     assert rewards(resumed) == rewards(unbroken) and len(rewards(unbroken)) > 2
     assert resumed.model.fingerprint == unbroken.model.fingerprint
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work_and_compare_each_response_with_its_own_start(tokenizer, tmp_path):
+    make_base().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    PAIRS.select([0, 1, 2, 3, 0]).to_parquet(tmp_path / "pairs.parquet")
+    options = SHORT_RUN | {"max_steps": 1, "preference_weight": 1.0, "pretraining_share": 0.0, "dtype": "float32"}
+    options |= {"base_model": str(tmp_path / "base"), "train_files": [str(tmp_path / "pairs.parquet")]}
+    options |= {"span_length": 16, "per_device_train_batch_size": 3, "output_dir": str(tmp_path / "run")}
+    (tmp_path / "config.yaml").write_text(yaml.dump(options))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "icae.cli"]
+    command = [sys.executable, *torchrun, "sft", "--config", str(tmp_path / "config.yaml")]
+    subprocess.run(command, check=True, timeout=300)
+    first = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"][0]
+    assert abs(first["rewards/margins"]) < 1e-3, "nothing is preferred at the start"
 
 
 @pytest.mark.parametrize("prepared", [False, True])

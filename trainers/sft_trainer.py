@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -93,11 +94,10 @@ class ICAESFTTrainer(ICAETrainer):
         """To each sample, how much likelier its responses are now than the rejected ones, in nats."""
         training = self.model.training
         self.model.eval()  # without dropout
-        batches = DataLoader(
-            self.train_dataset,
-            batch_size=self.args.per_device_train_batch_size,
-            collate_fn=self.data_collator,
-        )
+        with self.accelerator.split_between_processes([*range(len(self.train_dataset))]) as own:
+            samples = self.train_dataset.select(own)
+        batch_size = self.args.per_device_train_batch_size
+        batches = DataLoader(samples, batch_size=batch_size, collate_fn=self.data_collator)
         margins: list[float] = []
         for batch in tqdm(batches, desc="reference", disable=not self.is_world_process_zero()):
             if "rejected_rows" in batch:
@@ -105,7 +105,7 @@ class ICAESFTTrainer(ICAETrainer):
                 outputs = self.model(**batch, autoencoding_weight=0.0)
                 margins += _margins(outputs, batch["rejected_rows"]).tolist()
         self.model.train(training)
-        rest = iter(margins)
+        rest = iter(gather_object(margins))
         column = [[next(rest) for ids in rejected if ids] for rejected in self.train_dataset["rejected_ids"]]
         self.train_dataset = self.train_dataset.add_column("reference_margins", column)
 
