@@ -546,7 +546,9 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                 loss = (1 - distillation_weight) * loss + distillation_weight * self._divergence(hidden, teacher)
             counted = loss
             if task == "instruction" and rejected_rows is not None:
-                counted = loss[~rejected_rows[targets.nonzero()[:, 0]]]
+                counted = loss[~rejected_rows.bool().to(rows.device)[targets.nonzero()[:, 0]]]
+                if not len(counted):
+                    raise ValueError("Expected responses beside the rejected ones, got none; they are the target.")
             task_losses[task] = counted.mean()
             token_losses[task] = loss.new_zeros(targets.shape).masked_scatter(targets, loss)
             if hit is not None:

@@ -443,7 +443,8 @@ class ICAEPreTrainedModel(PreTrainedModel):
     def fingerprint(self) -> str:
         """Digest of base, adapter, memory embeddings and configuration: which model a memory belongs to."""
         parameters = self.trainable_parameters()
-        # Fused optimizers change weights without counting a version: those that every step changes are read as well.
+        # Fused optimizers change weights without counting a version: the slots, which every step of training changes
+        # unless they are frozen, are compared as well.
         slots = self.memory_embeddings.detach().float().cpu().numpy().tobytes()
         versions = (slots, *((parameter.data_ptr(), parameter._version) for parameter in parameters.values()))
         if self._fingerprint is None or self._fingerprint[0] != versions:

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM
 
 from icae.cli import main
 from icae.trainers import DataCollatorForICAESFT, ICAESFTConfig, ICAESFTTrainer, prepare_sft_dataset
+from icae.trainers.icae_trainer import ICAETrainer
 from icae.trainers.sft_trainer import _margins
-from icae.trainers.write_preferences import better_and_worse
-from tiny import SHORT_RUN, make_base
+from icae.trainers.write_preferences import answers, better_and_worse
+from tiny import SHORT_RUN, VOCABULARY, make_base
 
 
 CONTEXTS = [
@@ -60,7 +61,10 @@ def test_a_rejected_response_stands_behind_the_one_preferred_to_it(make_icae):
     batch = collated(model)
     assert batch["rejected_rows"].tolist() == [False, True, False, False, True, False, True]
     assert batch["context_index"].tolist() == [0, 0, 1, 2, 2, 3, 3]
-    texts = [model.tokenizer.decode(ids[mask]) for ids, mask in zip(batch["response_ids"], batch["response_mask"])]  # noqa: B905
+    texts = [
+        model.tokenizer.decode(ids[mask])
+        for ids, mask in zip(batch["response_ids"], batch["response_mask"], strict=True)
+    ]
     expected = [text for pair in zip(RESPONSES, REJECTED, strict=True) for text in pair if text]
     assert texts == [f"{text}</s>" for text in expected]
     assert batch["prompt_ids"][0].tolist() == batch["prompt_ids"][1].tolist()
@@ -82,11 +86,32 @@ def test_responses_of_token_ids_are_taken_as_they_are(make_icae):
     assert [row["rejected_ids"] for row in samples] == [[[6, 6]], [[]]]
 
 
-@pytest.mark.parametrize("wrong", ["", []])
-def test_an_empty_rejected_response_is_refused_with_its_row(make_icae, wrong):
+@pytest.mark.parametrize("wrong", ["", [], ["one", "two"], [1.5]])
+def test_what_is_no_rejected_response_is_refused_with_its_row(make_icae, wrong):
     data = PAIRS.remove_columns("rejected").add_column("rejected", [None, None, wrong, None])
-    with pytest.raises(ValueError, match=r"Row 2: Expected a rejected response of at least one letter, or none, got "):
+    with pytest.raises(ValueError, match="Row 2: Expected a rejected response of at least one letter, as a text or "):
         prepare_sft_dataset(data, make_icae())
+
+
+@pytest.mark.parametrize("column", ["response", "rejected"])
+@pytest.mark.parametrize("token", [-1, len(VOCABULARY)])
+def test_token_ids_that_the_base_does_not_have_are_refused_with_their_row(make_icae, column, token):
+    rows = [dict(row) | {"response": [7, 8], "rejected": [7]} for row in TRIPLES]
+    rows[3][column] = [5, token]
+    with pytest.raises(
+        ValueError, match=rf"Row 3: Expected token ids from 0 to {len(VOCABULARY) - 1} in a response, got \[5, "
+    ):
+        prepare_sft_dataset(Dataset.from_list(rows), make_icae())
+
+
+def test_token_ids_are_no_message(make_icae):
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": [7, 8]}]
+    with pytest.raises(ValueError, match="Row 0: Expected a prompt and one response as texts"):
+        list(
+            prepare_sft_dataset(
+                IterableDataset.from_generator(lambda: [{"context": "c", "messages": turns}]), make_icae()
+            )
+        )
 
 
 def test_a_rejected_response_too_long_for_the_base_leaves_its_row_out(make_icae):
@@ -139,7 +164,7 @@ def test_a_tiny_icae_learns_to_prefer_the_responses_and_leaves_the_base_alone(ma
     trainer = make_trainer(model=model, max_steps=20, preference_weight=5.0, per_device_train_batch_size=4)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "rewards/margins" in entry]
-    assert abs(logs[0]["rewards/margins"]) < 1e-3 and logs[-1]["rewards/margins"] > 1
+    assert abs(logs[0]["rewards/margins"]) < 1e-3 and logs[-1]["rewards/margins"] > 2
     assert logs[-1]["rewards/accuracies"] == 1
     after = {name.replace(".base_layer", ""): tensor for name, tensor in base.state_dict().items()}
     assert all(torch.equal(after[name], tensor) for name, tensor in frozen.items())
@@ -173,13 +198,26 @@ def test_two_processes_share_the_work_and_compare_each_response_with_its_own_sta
     assert abs(first["rewards/margins"]) < 1e-3, "nothing is preferred at the start"
 
 
-@pytest.mark.parametrize("prepared", [False, True])
-def test_held_out_rejected_responses_are_not_read(make_icae, make_trainer, prepared):
+@pytest.mark.parametrize("form", ["rows", "samples", "stream"])
+def test_held_out_rejected_responses_are_not_read(make_icae, make_trainer, form):
     model = make_icae()
-    trainer = make_trainer(model=model, eval_data=TRIPLES)
-    expected = trainer.evaluate()["eval_response_accuracy"]
-    data = prepare_sft_dataset(PAIRS, model) if prepared else PAIRS
-    assert trainer.evaluate(data)["eval_response_accuracy"] == expected
+    data = {
+        "rows": lambda: PAIRS,
+        "samples": lambda: prepare_sft_dataset(PAIRS, model),
+        "stream": lambda: IterableDataset.from_generator(lambda: iter(PAIRS.to_list())),
+    }[form]()
+    trainer = make_trainer(model=model, eval_data=data)
+    batch = trainer.data_collator(list(trainer.eval_dataset))
+    assert len(batch["response_ids"]) == 4 and "rejected_rows" not in batch
+    trainer.evaluate()
+
+
+def test_a_further_trainer_compares_with_the_model_it_is_given(make_icae, make_trainer):
+    first = make_trainer(model=make_icae())
+    first.train()
+    second = make_trainer("second", model=first.model, data=first.train_dataset, max_steps=1)
+    second.train()
+    assert abs(second.state.log_history[0]["rewards/margins"]) < 1e-3
 
 
 # ---------------------------------------------------------------------------------------------------------- errors
@@ -200,9 +238,34 @@ def test_a_weight_without_rejected_responses_is_refused(make_trainer, make_icae,
         make_trainer(model=model, data=data)
 
 
+def test_rejected_responses_that_are_all_too_long_are_none(make_trainer):
+    data = PAIRS.remove_columns("rejected").add_column("rejected", [None, None, "word " * 100, None])
+    with pytest.raises(ValueError, match="got none that is short enough"):
+        make_trainer(data=data)
+
+
 def test_streamed_preferences_are_refused(make_trainer):
     with pytest.raises(ValueError, match="Expected a data set in memory with a `preference_weight`"):
-        make_trainer(data=PAIRS.to_iterable_dataset())
+        make_trainer(data=IterableDataset.from_generator(lambda: iter(PAIRS.to_list())))
+
+
+def test_preferences_where_the_model_cannot_be_run_before_training_are_refused(make_trainer, monkeypatch):
+    made = ICAETrainer.__init__
+
+    def make_under_deepspeed(trainer, *args, **kwargs):
+        made(trainer, *args, **kwargs)
+        trainer.is_deepspeed_enabled = True
+
+    monkeypatch.setattr(ICAETrainer, "__init__", make_under_deepspeed)
+    with pytest.raises(ValueError, match="Expected a `preference_weight` of 0 under FSDP and DeepSpeed"):
+        make_trainer()
+
+
+def test_a_batch_of_rejected_responses_alone_is_refused(make_icae):
+    model = make_icae()
+    batch = collated(model) | {"rejected_rows": torch.ones(7, dtype=torch.bool)}
+    with pytest.raises(ValueError, match="Expected responses beside the rejected ones, got none"):
+        model(**batch, autoencoding_weight=0)
 
 
 def test_preferences_and_distillation_together_are_refused(make_trainer):
@@ -226,26 +289,74 @@ def test_the_greedy_answer_is_rejected_if_another_is_better_else_the_worst():
     assert better_and_worse([0.5, 0.45], 0.1) is None
 
 
-def test_own_answers_become_pairs_behind_the_rows(make_icae, tmp_path, capsys):
+@pytest.fixture
+def saved(make_icae, tmp_path):
+    """A folder with a base, an ICAE on it and triples; the ICAE; and the command that answers them."""
     make_base().save_pretrained(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = make_icae(base=base).eval()
+    model = make_icae(base=AutoModelForCausalLM.from_pretrained(tmp_path / "base")).eval()
     model.tokenizer.save_pretrained(tmp_path / "base")
-    greedy = model.generate(CONTEXTS, PROMPTS, max_new_tokens=6, do_sample=False).tolist()
-    data = TRIPLES.add_column("source", list("abcd"))
-    data.to_parquet(tmp_path / "triples.parquet")
     model.save_pretrained(tmp_path / "icae")
-    files = ["--data", str(tmp_path / "triples.parquet"), "--output", str(tmp_path / "pairs.parquet")]
-    options = ["--model", str(tmp_path / "icae"), "--base", str(tmp_path / "base"), "--dtype", "float32"]
-    options += ["--max-new-tokens", "6", "--batch-size", "3", "--least-gap", "0.0", "--samples", "3"]
-    assert main(["write-preferences", *files, *options]) == 0
-    rows = Dataset.from_parquet(str(tmp_path / "pairs.parquet")).to_list()
+    TRIPLES.add_column("source", list("abcd")).to_parquet(tmp_path / "triples.parquet")
+    command = ["write-preferences", "--data", str(tmp_path / "triples.parquet")]
+    command += ["--output", str(tmp_path / "pairs.parquet"), "--model", str(tmp_path / "icae")]
+    command += ["--base", str(tmp_path / "base"), "--dtype", "float32"]
+    return tmp_path, model, [*command, "--max-new-tokens", "6", "--batch-size", "3", "--samples", "3"]
+
+
+def test_own_answers_become_pairs_behind_the_rows(saved, capsys, monkeypatch):
+    folder, model, command = saved
+    greedy = model.generate(CONTEXTS, PROMPTS, max_new_tokens=6, do_sample=False).tolist()
+    # Answers of a random base have nothing in common with the responses: here longer ones score higher.
+    monkeypatch.setattr(
+        "icae.trainers.write_preferences.token_f1", lambda answer, _: (sum(map(ord, answer)) % 97) / 97
+    )
+    assert main([*command, "--least-gap", "0.001"]) == 0
+    rows = Dataset.from_parquet(str(folder / "pairs.parquet")).to_list()
     assert [row["source"] for row in rows] == list("aabbccdd")
     for index, (given, pair) in enumerate(zip(rows[::2], rows[1::2], strict=True)):
         assert given["rejected"] is None and model.tokenizer.decode(given["response"]) == f"{RESPONSES[index]}</s>"
         assert pair["context"] == CONTEXTS[index] and pair["prompt"] == PROMPTS[index]
-        assert 1 <= len(pair["response"]) <= 6 and 1 <= len(pair["rejected"]) <= 6
-        assert pair["response"] == greedy[index] or pair["rejected"] == greedy[index]
-    assert "8 rows in " in (printed := capsys.readouterr().out) and "4 of them pairs" in printed
+        assert pair["response"] != pair["rejected"]
+        assert max(len(pair["response"]), len(pair["rejected"])) <= 6
+        assert greedy[index] in (pair["response"], pair["rejected"])
+    assert "8 rows in " in (printed := capsys.readouterr().out) and "4 of them pairs; left out are 0 rows" in printed
     samples = prepare_sft_dataset(Dataset.from_list(rows), model, max_prompts=2)
     assert [len(sample["prompt_ids"]) for sample in samples] == [2] * 4
+    assert main([*command, "--data", str(folder / "pairs.parquet")]) == 2
+    assert "Expected rows without a column `rejected`, which is to be written, got one" in capsys.readouterr().err
+
+
+def test_answers_end_with_their_end_token_or_with_none(saved, monkeypatch):
+    _, model, _ = saved
+    found = answers(model, TRIPLES.to_list(), max_new_tokens=4, num_return_sequences=2, temperature=0.8, top_p=0.9)
+    first = found[0][0][1]
+    monkeypatch.setattr(type(model), "end_token_ids", [first])
+    cut = answers(model, TRIPLES.to_list(), max_new_tokens=4, num_return_sequences=2, temperature=0.8, top_p=0.9)
+    assert [len(row) for row in cut] == [3] * 4 and cut[0][0] == found[0][0][:2] != found[0][0]
+
+
+def test_rows_too_long_to_be_answered_are_left_out_and_counted(saved, capsys):
+    folder, _, command = saved
+    rows = TRIPLES.to_list()
+    rows[1]["context"] = "x" * 480
+    Dataset.from_list(rows).to_parquet(folder / "triples.parquet")
+    assert main([*command, "--least-gap", "0.5"]) == 0
+    assert "left out are 1 rows that are too long for the base" in capsys.readouterr().out
+    assert CONTEXTS[1] not in Dataset.from_parquet(str(folder / "pairs.parquet"))["context"]
+
+
+@pytest.mark.parametrize("gap", ["0", "1.5"])
+def test_a_gap_that_makes_no_pairs_is_refused(saved, capsys, gap):
+    assert main([*saved[2], "--least-gap", gap]) == 2
+    assert "Expected a `--least-gap` above 0 and at most 1, got " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [{"response": ""}, {"prompt": None}])
+def test_a_row_without_a_text_to_compare_with_is_refused(saved, capsys, wrong):
+    folder, _, command = saved
+    rows = TRIPLES.to_list()
+    rows[2] |= wrong
+    Dataset.from_list(rows).to_parquet(folder / "triples.parquet")
+    assert main(command) == 2
+    assert "Expected a prompt and a response of at least one letter, got {" in (said := capsys.readouterr().err)
+    assert "in row 2; filter the rows." in said

@@ -644,7 +644,7 @@ def test_mixed_in_contexts_that_the_base_could_not_write_out_are_refused(
     """512 positions; a span is 16 tokens and 4 slots; text goes on for 14 tokens."""
     model = make_icae(encoder_layout=layout, decoder_layout=layout)
     ids = {"context_ids": [[7] * tokens], "context_lengths": [[tokens]], "continuation_ids": [[7] * 14]}
-    mixed_in = {**ids, "prompt_ids": [[]], "response_ids": [[]], "length": [tokens]}
+    mixed_in = {**ids, "prompt_ids": [[]], "response_ids": [[]], "rejected_ids": [[]], "length": [tokens]}
     asked = prepare_sft_dataset(TRIPLES, model)
     data = concatenate_datasets([asked, Dataset.from_dict(mixed_in, features=asked.features)])
     options = {"autoencoding_weight": 0.5, "continuation_length": 14}

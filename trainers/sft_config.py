@@ -20,8 +20,9 @@ class ICAESFTConfig(ICAETrainingConfig):
             Share of the loss that comes from the frozen base with the whole context, see
             [`~ICAEForConditionalGeneration.forward`]. Takes no memory for another model, but a forward pass.
         preference_weight (`float`, *optional*, defaults to `0.0`):
-            Weight of the preference loss (DPO, arXiv 2305.18290) beside that of the responses, where rows have a
-            `rejected` one too. `icae write-preferences` makes such rows of a model's own answers.
+            Weight of the preference loss (DPO, arXiv 2305.18290) where rows have a `rejected` response too. The
+            response preferred to it trains by its cross entropy as well, as all do. `icae write-preferences` makes
+            such rows of a model's own answers.
         beta (`float`, *optional*, defaults to `0.1`):
             Of this loss, as in `trl.DPOConfig`: the higher, the less the model may leave what it was at the start.
         max_context_length (`int`, *optional*):

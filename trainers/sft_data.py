@@ -17,6 +17,7 @@ from datasets import Dataset, Features, List, concatenate_datasets, interleave_d
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
+from icae.configuration_icae import ICAEConfig
 from icae.modeling_icae import ICAEForConditionalGeneration
 from icae.modeling_icae.chat_icae import encode_contexts, encode_prompt, encode_response
 
@@ -71,8 +72,8 @@ def prepare_sft_dataset(
     context may be a list of texts, each of which is compressed apart.
 
     A column `rejected` holds responses that the ones beside them are preferred to, for preference tuning; rows may
-    have none. Responses of either kind may also be token ids, such as a model wrote: they are taken as they are, and
-    end only if they end with an end token.
+    have none. Beside prompts, responses of either kind may also be token ids, such as a model wrote: they are taken as
+    they are, and end only if they end with an end token.
 
     Args:
         dataset (`Dataset` or `IterableDataset`): the triples.
@@ -136,11 +137,10 @@ def prepare_sft_dataset(
             )
 
     # Not the model itself in what follows: `datasets` pickles what a function refers to.
-    tokenizer, end_token_ids, span_length = model.tokenizer, model.end_token_ids, model.config.span_length
-    positions = getattr(model.config.text_config, "max_position_embeddings", None)
+    tokenizer, end_token_ids, config = model.tokenizer, model.end_token_ids, model.config
+    positions = getattr(config.text_config, "max_position_embeddings", None)
+    span_length, vocab_size = config.span_length, config.text_config.vocab_size
     prefix_length = len(model._prefix("instruction"))
-    is_cache, slots_for = model.config.memory_type == "key_values", model.config.slots_for
-    slots_have_positions = is_cache and model.config.encoder_layout == "sequential"
     mixed_in = pretraining_share / (1 - pretraining_share)  # samples per sample with prompts
     cuts_per_sample = 0 if documents is not None else mixed_in
 
@@ -149,14 +149,10 @@ def prepare_sft_dataset(
             prompt, response = _prompt_and_response(row)
             contexts = encode_contexts(tokenizer, row["context"] or "")
             prompt_ids = encode_prompt(tokenizer, prompt)
+            response_ids = _response_ids(response)
+            rejected_ids = _response_ids(_rejected(row) or [])
         except ValueError as error:
             raise ValueError(f"Row {index}: {error}") from error
-        rejected = row.get("rejected")
-        if rejected is not None and (not isinstance(rejected, str | list) or not rejected):
-            raise ValueError(
-                f"Row {index}: Expected a rejected response of at least one letter, or none, got {rejected!r}; filter "
-                "the rows."
-            )
         if not all(contexts) or not response:
             name = "response" if all(contexts) else "context"
             raise ValueError(f"Expected a {name} of at least one letter, got none in row {index}; filter the rows.")
@@ -165,20 +161,22 @@ def prepare_sft_dataset(
             "context_lengths": [len(ids) for ids in contexts],
             "continuation_ids": [],
             "prompt_ids": [prompt_ids],
-            "response_ids": [_response_ids(response)],
-            "rejected_ids": [_response_ids(rejected) if rejected else []],
+            "response_ids": [response_ids],
+            "rejected_ids": [rejected_ids],
         }
 
     def _response_ids(response: str | list[int]) -> list[int]:
-        return encode_response(tokenizer, response, end_token_ids) if isinstance(response, str) else response
+        if isinstance(response, str):
+            return encode_response(tokenizer, response, end_token_ids)
+        if response and not 0 <= min(response) <= max(response) < vocab_size:
+            raise ValueError(f"Expected token ids from 0 to {vocab_size - 1} in a response, got {response}.")
+        return response
 
     def fits(
         lengths: list[int], prompts: list[list[int]], responses: list[list[int]], rejected: list[list[int]]
     ) -> bool:
-        total = prefix_length + sum(lengths) + len(prompts[0]) + max(len(responses[0]), len(rejected[0]))
-        if slots_have_positions:
-            starts = ((length, start) for length in lengths for start in range(0, length, span_length))
-            total += sum(slots_for(min(span_length, length - start)) for length, start in starts)
+        behind = len(prompts[0]) + max(len(responses[0]), len(rejected[0]))
+        total = positions_taken(config, prefix_length, lengths) + behind
         return sum(lengths) <= (max_context_length or total) and total <= (positions or total)
 
     def gather(batch: dict[str, list], indices: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -248,6 +246,15 @@ def prepare_sft_dataset(
     return interleave_datasets([samples, endless], probabilities=shares, seed=seed)
 
 
+def positions_taken(config: ICAEConfig, prefix_length: int, lengths: list[int]) -> int:
+    """How many positions of the base contexts of so many tokens take before a prompt can follow."""
+    total = prefix_length + sum(lengths)
+    if config.memory_type == "key_values" and config.encoder_layout == "sequential":  # slots have some of their own
+        starts = ((length, start) for length in lengths for start in range(0, length, config.span_length))
+        total += sum(config.slots_for(min(config.span_length, length - start)) for length, start in starts)
+    return total
+
+
 def _without_prompts(sample: dict[str, Any]) -> dict[str, Any]:
     """A sample of reconstruction and continuation alone."""
     length = len(sample["context_ids"])
@@ -268,9 +275,24 @@ def _prompt_and_response(row: dict[str, Any]) -> tuple[str | list[dict[str, Any]
         if len(messages) < 2 or roles[-1] != "assistant":
             raise ValueError(f"Expected `messages` that end with the assistant's, got the roles {roles}.")
         prompt, response = messages[:-1], messages[-1]["content"]
-    if not isinstance(prompt, str | list) or not isinstance(response, str | list | None):
+    as_ids = "messages" not in row and _are_token_ids(response)
+    if not isinstance(prompt, str | list) or not (as_ids or isinstance(response, str | None)):
         raise ValueError(f"Expected a prompt and one response as texts, got {prompt!r} and {response!r}.")
     return prompt, response or ""
+
+
+def _rejected(row: dict[str, Any]) -> str | list[int] | None:
+    rejected = row.get("rejected")
+    if rejected is None or (rejected and (isinstance(rejected, str) or _are_token_ids(rejected))):
+        return rejected
+    raise ValueError(
+        f"Expected a rejected response of at least one letter, as a text or token ids, or none, got {rejected!r}; "
+        "filter the rows."
+    )
+
+
+def _are_token_ids(response: Any) -> bool:
+    return isinstance(response, list) and all(type(token) is int for token in response)
 
 
 @dataclass
@@ -286,7 +308,7 @@ class DataCollatorForICAESFT:
     ```python
     >>> collator = DataCollatorForICAESFT()
     >>> sample = dict(context_ids=[7, 8], context_lengths=[2], continuation_ids=[])
-    >>> collator([sample | dict(prompt_ids=[[4], [3, 6]], response_ids=[[5, 2], [8, 2]], rejected_ids=[[], []])])
+    >>> collator([sample | dict(prompt_ids=[[4], [3, 6]], response_ids=[[5, 2], [8, 2]])])
     {'context_ids': tensor([[7, 8]]), 'context_mask': tensor([[True, True]]),
      'prompt_ids': tensor([[4, 0], [3, 6]]), 'prompt_mask': tensor([[True, False], [True, True]]),
      'response_ids': tensor([[5, 2], [8, 2]]), 'response_mask': tensor([[True, True], [True, True]]),
@@ -299,14 +321,14 @@ class DataCollatorForICAESFT:
 
     def __call__(self, samples: list[dict]) -> dict[str, Any]:
         batch = pad_samples(samples, ("context", "continuation"))
-        names = ("prompt_ids", "response_ids", "rejected_ids")
-        asked = [
-            {"prompt_ids": prompt, "response_ids": ids, "index": index, "is_rejected": is_rejected}
-            for index, sample in enumerate(samples)
-            for prompt, response, rejected in zip(*(sample[name] for name in names), strict=True)
-            for ids, is_rejected in ((response, False), (rejected, True))
-            if ids
-        ]
+        asked = []
+        for index, sample in enumerate(samples):
+            rejected = sample.get("rejected_ids") or [[]] * len(sample["prompt_ids"])
+            for prompt, response, other in zip(sample["prompt_ids"], sample["response_ids"], rejected, strict=True):
+                row = {"prompt_ids": prompt, "index": index}
+                asked.append(row | {"response_ids": response, "is_rejected": False})
+                if other:
+                    asked.append(row | {"response_ids": other, "is_rejected": True})
         if asked:
             batch |= pad_samples(asked, ("prompt", "response"))
             batch["context_index"] = torch.tensor([row["index"] for row in asked])

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from datasets import Dataset
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from icae.evaluation.measures import exact_match, token_f1
@@ -29,9 +28,10 @@ class ICAESFTTrainer(ICAETrainer):
 
     **Preferences.** With a `preference_weight`, rows that have a `rejected` response are trained by direct preference
     optimisation (DPO, arXiv 2305.18290) as well: the probability of the response rises against that of the rejected
-    one, compared with what both were before training. That takes no second model, for the probabilities of the start
-    are computed for all rows when training begins. Logged are TRL's `rewards/accuracies` and `rewards/margins`.
-    Evaluation does not read rejected responses.
+    one, compared with what both are for the model that the trainer is given. That takes no second model, for these
+    probabilities are computed when training begins; to resume, give the trainer the model of the start again, not the
+    checkpoint. Logged are TRL's `rewards/accuracies` and `rewards/margins`. Evaluation does not read rejected
+    responses.
 
     Args:
         model ([`ICAEForConditionalGeneration`]):
@@ -55,17 +55,22 @@ class ICAESFTTrainer(ICAETrainer):
     def __init__(self, model, args, train_dataset, eval_dataset=None, *arguments, documents=None, **options):
         self._documents = documents
         super().__init__(model, args, train_dataset, eval_dataset, *arguments, **options)
+        if args.preference_weight and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "Expected a `preference_weight` of 0 under FSDP and DeepSpeed, where the model cannot be run before "
+                f"training, got {args.preference_weight}; train it in one process or under DDP."
+            )
 
     def _prepare(self, dataset, model: ICAEForConditionalGeneration, args: ICAESFTConfig, training: bool):
-        columns = dataset.column_names or ()
-        if training:
-            _check_preferences(dataset, args.preference_weight)
-        elif "rejected" in columns:
-            dataset = dataset.remove_columns("rejected")
-        if "context_ids" in columns:
+        if training and args.preference_weight and not isinstance(dataset, Dataset):
+            raise ValueError(
+                "Expected a data set in memory with a `preference_weight`, got a streamed one: how likely its "
+                "responses are is computed before training; load it without streaming."
+            )
+        if "context_ids" in (dataset.column_names or ()):
             if training and self._documents is not None:
                 raise ValueError("Expected triples with `documents`, got samples; give `documents` to what made them.")
-            samples = dataset if training else dataset.map(_without_rejected)
+            samples = dataset
         else:
             samples = prepare_sft_dataset(
                 dataset,
@@ -82,6 +87,10 @@ class ICAESFTTrainer(ICAETrainer):
             )
         if args.autoencoding_weight == 0:
             samples = samples.filter(_trains_without_autoencoding, input_columns=["prompt_ids", "continuation_ids"])
+        if not training:
+            return samples.map(_without_rejected)
+        if isinstance(samples, Dataset):
+            samples = _check_preferences(samples, args.preference_weight)
         return samples
 
     def train(self, *args, **kwargs):
@@ -94,19 +103,22 @@ class ICAESFTTrainer(ICAETrainer):
         """To each sample, how much likelier its responses are now than the rejected ones, in nats."""
         training = self.model.training
         self.model.eval()  # without dropout
-        with self.accelerator.split_between_processes([*range(len(self.train_dataset))]) as own:
-            samples = self.train_dataset.select(own)
-        batch_size = self.args.per_device_train_batch_size
-        batches = DataLoader(samples, batch_size=batch_size, collate_fn=self.data_collator)
+        self._move_model_to_device(self.model, self.args.device)
+        pairs = [index for index, rejected in enumerate(self.train_dataset["rejected_ids"]) if any(rejected)]
+        own = pairs[self.args.process_index :: self.args.world_size]
+        size = self.args.per_device_train_batch_size
         margins: list[float] = []
-        for batch in tqdm(batches, desc="reference", disable=not self.is_world_process_zero()):
-            if "rejected_rows" in batch:
-                batch = self._prepare_inputs(batch)
+        for first in tqdm(range(0, len(own), size), desc="before training", disable=not self.is_world_process_zero()):
+            samples = [self.train_dataset[index] for index in own[first : first + size]]
+            batch = self._prepare_inputs(self.data_collator(samples))
+            with self.compute_loss_context_manager():
                 outputs = self.model(**batch, autoencoding_weight=0.0)
-                margins += _margins(outputs, batch["rejected_rows"]).tolist()
+            margins += _margins(outputs, batch["rejected_rows"]).tolist()
         self.model.train(training)
-        rest = iter(gather_object(margins))
-        column = [[next(rest) for ids in rejected if ids] for rejected in self.train_dataset["rejected_ids"]]
+        rest = iter(margins)
+        found = [(index, [next(rest) for ids in self.train_dataset[index]["rejected_ids"] if ids]) for index in own]
+        by_index = dict(gather_object(found))
+        column = [by_index.get(index, []) for index in range(len(self.train_dataset))]
         self.train_dataset = self.train_dataset.add_column("reference_margins", column)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -182,29 +194,22 @@ def _margins(outputs: ICAEOutput, rejected_rows: torch.Tensor) -> torch.Tensor:
     return nats[rejected] - nats[rejected - 1]
 
 
-def _check_preferences(dataset, weight: float) -> None:
-    """Raises a `ValueError` if there are rejected responses without a weight, a weight without them, or a stream."""
-    columns = dataset.column_names or ()
-    if not isinstance(dataset, Dataset):
-        found = "rejected" in columns
-    elif "context_ids" in columns:
-        found = any(any(rejected) for rejected in dataset["rejected_ids"])
-    else:
-        found = "rejected" in columns and any(dataset["rejected"])
+def _check_preferences(samples: Dataset, weight: float) -> Dataset:
+    """
+    The samples, without margins that another trainer has computed. Raises a `ValueError` if there are rejected
+    responses without a weight, or a weight without them.
+    """
+    found = "rejected_ids" in samples.column_names and any(map(any, samples["rejected_ids"]))
     if found and not weight:
         raise ValueError(
-            "Expected a `preference_weight` above 0 with `rejected` responses, got 0; set it, or remove the column."
+            "Expected a `preference_weight` above 0 with `rejected` responses, got 0; set it, or tune on rows without."
         )
     if weight and not found:
         raise ValueError(
-            f"Expected rows with a `rejected` response for a `preference_weight` of {weight}, got none; write them "
-            "with `icae write-preferences`, or leave the weight at 0."
+            f"Expected rows with a `rejected` response for a `preference_weight` of {weight}, got none that is short "
+            "enough; write them with `icae write-preferences`, or leave the weight at 0."
         )
-    if weight and not isinstance(dataset, Dataset):
-        raise ValueError(
-            "Expected a data set in memory with a `preference_weight`, got a streamed one: how likely its responses "
-            "are is computed before training; load it without streaming."
-        )
+    return samples.remove_columns([*{"reference_margins"} & {*samples.column_names}])
 
 
 def _trains_without_autoencoding(prompt_ids: list[list[int]], continuation_ids: list[int]) -> bool:

@@ -9,7 +9,10 @@ from trl import SFTConfig
 # Options of SFTConfig that the stages of an ICAE have no place for: the value that leaves each alone, and what to do.
 UNUSED: dict[str, tuple[Any, str]] = {
     "max_length": (None, "contexts are compressed span by span; `max_context_length` leaves long ones out"),
-    "loss_type": ("nll", "`distillation_weight` is the one other loss of the instruction stage"),
+    "loss_type": (
+        "nll",
+        "`distillation_weight` and `preference_weight` are the other losses of the instruction stage",
+    ),
     "label_smoothing_factor": (0.0, "losses are plain cross entropies"),
     "neftune_noise_alpha": (None, "the base stays as it is, and its embeddings with it"),
     "assistant_only_loss": (False, "the loss is on the last response, and on no other turn"),

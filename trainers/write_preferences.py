@@ -8,6 +8,7 @@ cannot: not to say what the model itself would say wrongly, such as the same wor
 
 The pairs are rows of their own behind those of the data, with which they share an encoder pass in tuning. Their
 responses are token ids as they were written; one that was not at its end has no end token, and so none is trained.
+Rows that are too long for the base to answer are left out, and counted.
 
 Overlap is ROUGE-L, and token F1 with responses of less than ten words, as in `icae evaluate answers`.
 """
@@ -20,11 +21,12 @@ from datasets import Dataset, Features
 from tqdm.auto import tqdm
 
 from icae.cli import add_dtype_argument, load_model
-from icae.evaluation.measures import SHORT_ANSWERS, scores
+from icae.evaluation.measures import SHORT_ANSWERS, token_f1
 from icae.modeling_icae import GREEDY, ICAEForConditionalGeneration
-from icae.modeling_icae.chat_icae import encode_response
+from icae.modeling_icae.chat_icae import encode_contexts, encode_response
 
 from .pretraining_data import IDS
+from .sft_data import positions_taken
 from .write_quotations import load_triples
 
 
@@ -33,7 +35,8 @@ def answers(model: ICAEForConditionalGeneration, rows: list[dict[str, Any]], **s
     memory = model.compress([row["context"] for row in rows])
     prompts, length = [row["prompt"] for row in rows], sampling.pop("max_new_tokens")
     greedy = model.generate(memory=memory, prompt=prompts, max_new_tokens=length, **GREEDY)
-    others = model.generate(memory=memory, prompt=prompts, max_new_tokens=length, do_sample=True, top_k=0, **sampling)
+    how = GREEDY | {"do_sample": True, "top_k": 0} | sampling
+    others = model.generate(memory=memory, prompt=prompts, max_new_tokens=length, **how)
 
     def ended(ids: list[int]) -> list[int]:
         ends = [place for place, token in enumerate(ids) if token in model.end_token_ids]
@@ -51,6 +54,27 @@ def better_and_worse(overlaps: list[float], least_gap: float) -> tuple[int, int]
     return (better, worse) if overlaps[better] - overlaps[worse] >= least_gap else None
 
 
+def load_rows(file: str) -> Dataset:
+    """
+    Triples of which pairs can be made.
+
+    Raises:
+        `ValueError`: if they have a column `rejected`, or a row without a prompt or response.
+    """
+    dataset = load_triples(file)
+    if "rejected" in dataset.column_names:
+        raise ValueError(
+            "Expected rows without a column `rejected`, which is to be written, got one; remove it, or join its rows "
+            "with those of the output."
+        )
+    for index, row in enumerate(dataset.select_columns(["prompt", "response"])):
+        if not isinstance(row["response"], str) or not row["response"] or not row["prompt"]:
+            raise ValueError(
+                f"Expected a prompt and a response of at least one letter, got {row} in row {index}; filter the rows."
+            )
+    return dataset
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Pairs of a model's own better and worse answers, beside given rows.")
     parser.add_argument("--data", required=True, help="Parquet file: context, prompt, response")
@@ -61,34 +85,55 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=4, help="answers by chance, beside the greedy one")
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--top-p", type=float, default=0.95)
-    parser.add_argument("--least-gap", type=float, default=0.08, help="of overlap, from 0 to 1; others make no pair")
+    parser.add_argument("--least-gap", type=float, default=0.08, help="of overlap, above 0; others make no pair")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--batch-size", type=int, default=6, help="prompts answered at once")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
-    dataset = load_triples(arguments.data)
-    model = load_model(arguments.model, arguments.base, arguments.dtype)
-    torch.manual_seed(arguments.seed)
+    from rouge_score.rouge_scorer import RougeScorer  # of the extra `eval`; before the hours that answers take
 
+    if not 0 < arguments.least_gap <= 1:
+        raise ValueError(f"Expected a `--least-gap` above 0 and at most 1, got {arguments.least_gap}.")
+    given = load_rows(arguments.data)
+    model = load_model(arguments.model, arguments.base, arguments.dtype)
+    scorer, prefix_length = RougeScorer(["rougeL"], use_stemmer=True), len(model._prefix("instruction"))
+
+    def overlap(answer: str, response: str) -> float:
+        if len(response.split()) < SHORT_ANSWERS:
+            return token_f1(answer, response)
+        return scorer.score(response, answer)["rougeL"].fmeasure
+
+    def can_be_answered(row: dict[str, Any]) -> bool:
+        lengths = [len(ids) for ids in encode_contexts(model.tokenizer, row["context"])]
+        behind = len(model.encode_prompts(row["prompt"])[0]) + arguments.max_new_tokens
+        return positions_taken(model.config, prefix_length, lengths) + behind <= model._num_positions
+
+    dataset = given.select([index for index, row in enumerate(given) if can_be_answered(row)])
+    torch.manual_seed(arguments.seed)
     sampling = {
         "num_return_sequences": arguments.samples,
         "temperature": arguments.temperature,
         "top_p": arguments.top_p,
         "max_new_tokens": arguments.max_new_tokens,
     }
-
     written = []
     for first in tqdm(range(0, len(dataset), arguments.batch_size)):
         batch = dataset.select(range(first, min(first + arguments.batch_size, len(dataset)))).to_list()
         for row, found in zip(batch, answers(model, batch, **sampling), strict=True):
             response = encode_response(model.tokenizer, row["response"], model.end_token_ids)
             written.append(row | {"response": response, "rejected": None})
-            measure = "rougeL" if len(row["response"].split()) >= SHORT_ANSWERS else "f1"
             texts = model.tokenizer.batch_decode(found, skip_special_tokens=True)
-            pair = better_and_worse([scores(text, row["response"])[measure] for text in texts], arguments.least_gap)
+            pair = better_and_worse([overlap(text, row["response"]) for text in texts], arguments.least_gap)
             if pair is not None:
                 better, worse = pair
                 written.append(row | {"response": found[better], "rejected": found[worse]})
     features = Features(dataset.features | {"response": IDS, "rejected": IDS})
     Dataset.from_list(written, features=features).to_parquet(arguments.output)
-    print(f"{len(written)} rows in {arguments.output}, {len(written) - len(dataset)} of them pairs")
+    print(
+        f"{len(written)} rows in {arguments.output}, {len(written) - len(dataset)} of them pairs; left out are "
+        f"{len(given) - len(dataset)} rows that are too long for the base"
+    )
+
+
+if __name__ == "__main__":
+    main()
