@@ -131,11 +131,14 @@ class CardCallback(TrainerCallback):
 def _settings(args) -> dict[str, Any]:
     """Fields that the trainer's own arguments add to TRL's, as far as they are used."""
     inherited = {field.name for field in fields(SFTConfig)} | set(NOT_SETTINGS)
-    return {
+    settings = {
         field.name: value
         for field in fields(args)
         if field.name not in inherited and (value := getattr(args, field.name)) not in (None, False, 0)
     }
+    if "preference_weight" not in settings:
+        settings.pop("beta", None)
+    return settings
 
 
 def _hardware(processes: int) -> str:

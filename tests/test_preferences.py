@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM
 
 from icae.cli import main
+from icae.model_cards.callback import _settings
 from icae.trainers import DataCollatorForICAESFT, ICAESFTConfig, ICAESFTTrainer, prepare_sft_dataset
 from icae.trainers.icae_trainer import ICAETrainer
 from icae.trainers.sft_trainer import _margins
@@ -218,6 +219,12 @@ def test_a_further_trainer_compares_with_the_model_it_is_given(make_icae, make_t
     second = make_trainer("second", model=first.model, data=first.train_dataset, max_steps=1)
     second.train()
     assert abs(second.state.log_history[0]["rewards/margins"]) < 1e-3
+
+
+def test_the_card_names_beta_with_preferences_only(tmp_path):
+    settings = [_settings(ICAESFTConfig(str(tmp_path), preference_weight=weight)) for weight in (0.5, 0.0)]
+    assert (settings[0]["preference_weight"], settings[0]["beta"]) == (0.5, 0.1)
+    assert not {"preference_weight", "beta"} & {*settings[1]}
 
 
 # ---------------------------------------------------------------------------------------------------------- errors
