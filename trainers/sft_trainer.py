@@ -104,7 +104,8 @@ class ICAESFTTrainer(ICAETrainer):
         training = self.model.training
         self.model.eval()  # without dropout
         self._move_model_to_device(self.model, self.args.device)
-        pairs = [index for index, rejected in enumerate(self.train_dataset["rejected_ids"]) if any(rejected)]
+        rejected = list(self.train_dataset["rejected_ids"])
+        pairs = [index for index, of_prompts in enumerate(rejected) if any(of_prompts)]
         own = pairs[self.args.process_index :: self.args.world_size]
         size = self.args.per_device_train_batch_size
         margins: list[float] = []
@@ -116,9 +117,9 @@ class ICAESFTTrainer(ICAETrainer):
             margins += _margins(outputs, batch["rejected_rows"]).tolist()
         self.model.train(training)
         rest = iter(margins)
-        found = [(index, [next(rest) for ids in self.train_dataset[index]["rejected_ids"] if ids]) for index in own]
+        found = [(index, [next(rest) for ids in rejected[index] if ids]) for index in own]
         by_index = dict(gather_object(found))
-        column = [by_index.get(index, []) for index in range(len(self.train_dataset))]
+        column = [by_index.get(index, []) for index in range(len(rejected))]
         self.train_dataset = self.train_dataset.add_column("reference_margins", column)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -10,7 +10,7 @@ The pairs are rows of their own behind those of the data, with which they share 
 responses are token ids as they were written; one that was not at its end has no end token, and so none is trained.
 Rows that are too long for the base to answer are left out, and counted.
 
-Overlap is ROUGE-L, and token F1 with responses of less than ten words, as in `icae evaluate answers`.
+Overlap is ROUGE-L, and token F1 with responses of less than ten words.
 """
 
 import argparse
