@@ -867,15 +867,20 @@ def test_icae_sft_stops_when_validation_gets_no_better(config_file):
 
 
 @pytest.mark.slow
-def test_two_processes_measure_all_of_the_held_out_data_together(config_file):
+def test_two_processes_measure_all_of_the_held_out_data_together_and_part_at_the_end(config_file):
     """Each computes a part; both must know the means, by which runs stop early and the best checkpoint is chosen."""
+    script = config_file.parent / "script.py"
+    script.write_text(
+        "import sys, torch\nfrom icae.cli import main\ncode = main(sys.argv[1:])\n"
+        "assert not torch.distributed.is_initialized(), 'a process that exits now may abort'\nsys.exit(code)\n"
+    )
     options = ["sft", "--config", str(config_file), "--max_steps", "1", "--eval_on_start", "true"]
     options += ["--per_device_eval_batch_size", "1", "--eval_generations", "0", "--output_dir"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "icae.cli"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     found = []
-    for folder, module in (("alone", ["-m", "icae.cli"]), ("together", torchrun)):
+    for folder, launcher in (("alone", []), ("together", torchrun)):
         run = config_file.parent / folder
-        subprocess.run([sys.executable, *module, *options, str(run)], check=True, timeout=300)
+        subprocess.run([sys.executable, *launcher, str(script), *options, str(run)], check=True, timeout=300)
         first = json.loads((run / "trainer_state.json").read_text())["log_history"][0]
         found.append({name: first[f"eval_{name}"] for name in ("response_loss", "ae_loss", "response_accuracy")})
     assert found[1] == pytest.approx(found[0], rel=1e-4)

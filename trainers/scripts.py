@@ -194,7 +194,8 @@ def data_sources(script: ScriptArguments) -> list[DataSource]:
 def run(trainer: ICAETrainer, script: ScriptArguments, icae: ICAEArguments) -> None:
     """
     Trains, from the last checkpoint if the script says so, and saves the model, its state and the arguments. What is
-    complete stays as it is.
+    complete stays as it is. Several processes part at the end: one that exits with threads of Gloo's still at work may
+    abort (pytorch#190489).
 
     Raises:
         `ValueError`: if the run was begun with a base in another dtype, or a new one would mix with an old one.
@@ -222,6 +223,7 @@ def run(trainer: ICAETrainer, script: ScriptArguments, icae: ICAEArguments) -> N
         if 0 < trainer.args.max_steps <= before.get("steps", 0):
             # Transformers would train another step first, inside of an epoch.
             trainer.accelerator.print(f"{output_dir} is complete: {before['steps']} steps")
+            trainer.accelerator.end_training()
             return
     trainer.card.license, trainer.card.language = script.license, script.language or []
     trainer.card.data = data_sources(script)
@@ -230,3 +232,4 @@ def run(trainer: ICAETrainer, script: ScriptArguments, icae: ICAEArguments) -> N
     trainer.save_state()
     if trainer.is_world_process_zero():
         write_record(file, record | {"steps": trainer.state.global_step})
+    trainer.accelerator.end_training()
