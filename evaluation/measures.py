@@ -33,6 +33,15 @@ def token_f1(answer: str, reference: str) -> float:
     return 2 * common / (len(found) + len(expected))
 
 
+def overlap(answer: str, reference: str) -> float:
+    """ROUGE-L, or token F1 with references of fewer than ten words; from 0 to 1."""
+    if len(reference.split()) < SHORT_ANSWERS:
+        return token_f1(answer, reference)
+    from rouge_score.rouge_scorer import RougeScorer  # the trainers do without
+
+    return RougeScorer(["rougeL"], use_stemmer=True).score(reference, answer)["rougeL"].fmeasure
+
+
 def scores(answer: str, reference: str) -> dict[str, float]:
     """All measures of one answer, each from 0 to 1."""
     from rouge_score.rouge_scorer import RougeScorer  # the trainers do without

@@ -314,9 +314,7 @@ def test_own_answers_become_pairs_behind_the_rows(saved, capsys, monkeypatch):
     folder, model, command = saved
     greedy = model.generate(CONTEXTS, PROMPTS, max_new_tokens=6, do_sample=False).tolist()
     # Answers of a random base have nothing in common with the responses: here longer ones score higher.
-    monkeypatch.setattr(
-        "icae.trainers.write_preferences.token_f1", lambda answer, _: (sum(map(ord, answer)) % 97) / 97
-    )
+    monkeypatch.setattr("icae.trainers.write_preferences.overlap", lambda answer, _: (sum(map(ord, answer)) % 97) / 97)
     assert main([*command, "--least-gap", "0.001"]) == 0
     rows = Dataset.from_parquet(str(folder / "pairs.parquet")).to_list()
     assert [row["source"] for row in rows] == list("aabbccdd")

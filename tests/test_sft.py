@@ -838,6 +838,78 @@ def test_the_teacher_writes_responses_to_tune_on(config_file, make_icae, capsys)
     assert f"{len(kept)} responses in " in (printed := capsys.readouterr().out)
     assert f"left out are {4 - len(kept)} rows whose answer was empty or not at its end after 5 tokens" in printed
     assert len(prepare_sft_dataset(taught, model)) == len(kept)
+    assert main(["write-responses", *files, *options, "--least-overlap", "0"]) == 0
+    mixed, given = Dataset.from_parquet(str(folder / "taught.parquet")), Dataset.from_parquet(files[1])
+    assert list(mixed["context"]) == CONTEXTS
+    assert [mixed["response"][index] for index in kept] == expected
+    others = [index for index in range(4) if index not in kept]
+    assert [mixed["response"][index] for index in others] == [given["response"][index] for index in others]
+    assert f"{len(kept)} responses in " in (printed := capsys.readouterr().out)
+    assert f"{4 - len(kept)} rows beside them keep theirs" in printed
+
+
+@pytest.mark.parametrize(
+    ("written", "whole"),
+    [
+        ("It is red. It is", "It is red."),
+        ('He said "no." And', 'He said "no."'),
+        ("One line!\nTwo lines?\nThree", "One line!\nTwo lines?"),
+        ("Version 2.5 of", ""),
+        ("", ""),
+    ],
+)
+def test_a_cut_answer_ends_with_its_last_whole_sentence(written, whole):
+    from icae.trainers.write_responses import whole_sentences
+
+    assert whole_sentences(written) == whole
+
+
+def test_answers_of_full_length_are_cut_or_left_out_and_those_unlike_the_response_are_not_taught(
+    config_file, make_icae, monkeypatch
+):
+    from icae.cli import main
+    from icae.evaluation.readers import TokenReader
+
+    folder = config_file.parent
+    model = make_icae(base=AutoModelForCausalLM.from_pretrained(folder / "base"))
+    model.save_pretrained(folder / "icae")
+    base_files = ["--model", str(folder / "icae"), "--dtype", "float32"]
+    texts = ["a b. a", "a b c", "a b c.", "b"]
+    ids = [model.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    limit = max(map(len, ids))
+    full = [len(answer) == limit for answer in ids]
+    monkeypatch.setattr(TokenReader, "answer_ids", lambda *_: ids)
+    given = Dataset.from_dict({"context": CONTEXTS, "prompt": PROMPTS, "response": ["x", "a b c", "b", "b"]})
+    given.to_parquet(str(folder / "given.parquet"))
+    files = ["--data", str(folder / "given.parquet"), "--output", str(folder / "taught.parquet")]
+    assert full == [True, False, True, False]
+
+    def written(*options):
+        assert main(["write-responses", *files, *base_files, "--max-new-tokens", str(limit), *options]) == 0
+        return list(Dataset.from_parquet(str(folder / "taught.parquet"))["response"])
+
+    assert written() == ["a b c", "b"]
+    assert written("--cut") == ["a b.", "a b c", "a b c.", "b"]
+    assert written("--cut", "--least-overlap", "0.5") == ["x", "a b c", "a b c.", "b"]
+    assert written("--least-overlap", "0.5") == ["x", "a b c", "b", "b"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "share", "message"),
+    [
+        (("context", "prompt"), "0.2", "Expected the columns ['response'] too"),
+        (("context",), None, "Expected the columns ['prompt'] too"),
+        (("context", "prompt", "response"), "1.2", "Expected a `--least-overlap` from 0 to 1, got 1.2"),
+    ],
+)
+def test_what_the_teacher_cannot_answer_is_said_before_the_model_is_loaded(tmp_path, columns, share, message, capsys):
+    from icae.cli import main
+
+    file = str(tmp_path / "given.parquet")
+    Dataset.from_dict({name: ["a"] for name in columns}).to_parquet(file)
+    options = [] if share is None else ["--least-overlap", share]
+    assert main(["write-responses", "--data", file, "--output", file, "--model", "none", *options]) != 0
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

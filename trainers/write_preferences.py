@@ -21,7 +21,7 @@ from datasets import Dataset, Features
 from tqdm.auto import tqdm
 
 from icae.cli import add_dtype_argument, load_model
-from icae.evaluation.measures import SHORT_ANSWERS, token_f1
+from icae.evaluation.measures import overlap
 from icae.modeling_icae import GREEDY, ICAEForConditionalGeneration
 from icae.modeling_icae.chat_icae import encode_contexts, encode_response
 
@@ -90,18 +90,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=6, help="prompts answered at once")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
-    from rouge_score.rouge_scorer import RougeScorer  # of the extra `eval`; before the hours that answers take
+    import rouge_score  # noqa: F401 (of the extra `eval`: it should not be missed after the hours that answers take)
 
     if not 0 < arguments.least_gap <= 1:
         raise ValueError(f"Expected a `--least-gap` above 0 and at most 1, got {arguments.least_gap}.")
     given = load_rows(arguments.data)
     model = load_model(arguments.model, arguments.base, arguments.dtype)
-    scorer, prefix_length = RougeScorer(["rougeL"], use_stemmer=True), len(model._prefix("instruction"))
-
-    def overlap(answer: str, response: str) -> float:
-        if len(response.split()) < SHORT_ANSWERS:
-            return token_f1(answer, response)
-        return scorer.score(response, answer)["rougeL"].fmeasure
+    prefix_length = len(model._prefix("instruction"))
 
     def can_be_answered(row: dict[str, Any]) -> bool:
         lengths = [len(ids) for ids in encode_contexts(model.tokenizer, row["context"])]

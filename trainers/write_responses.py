@@ -3,17 +3,29 @@
 
 The frozen base reads each whole context and answers the prompt; its answer takes the place of the response, for
 sequence-level distillation, as PISCO does. Tuning on the result is `icae sft` as always.
+
+Answers that are not at their end are left out, or with `--cut` end with their last whole sentence. With
+`--least-overlap` an answer takes the place of a response only if it shares so much with it: ROUGE-L, and token F1 with
+responses of fewer than ten words.
 """
 
 import argparse
+import re
 from itertools import chain
 
 import torch
 from datasets import load_dataset
 
 from icae.cli import add_dtype_argument, load_model
+from icae.evaluation.measures import overlap
 from icae.evaluation.readers import TokenReader
 from icae.modeling_icae.chat_icae import encode_contexts
+
+
+def whole_sentences(text: str) -> str:
+    """The text up to the end of its last whole sentence; an empty one if it has none."""
+    found = re.match(r""".*[.!?。！？]["'”’»)\]]*(?=\s|$)""", text, flags=re.DOTALL)
+    return found.group() if found else ""
 
 
 @torch.no_grad()
@@ -26,7 +38,18 @@ def main(argv: list[str] | None = None) -> None:
     add_dtype_argument(parser)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--cut", action="store_true", help="end answers of full length with their last whole sentence")
+    parser.add_argument("--least-overlap", type=float, help="with the row's response, which else stays (from 0 to 1)")
     arguments = parser.parse_args(argv)
+    least = arguments.least_overlap
+    if least is not None and not 0 <= least <= 1:
+        raise ValueError(f"Expected a `--least-overlap` from 0 to 1, got {least}.")
+    dataset = load_dataset("parquet", data_files=arguments.data, split="train")
+    missing = {"context", "prompt", *(["response"] if least is not None else [])} - set(dataset.column_names)
+    if missing:
+        raise ValueError(f"Expected the columns {sorted(missing)} too, got {dataset.column_names}.")
+    if least is not None and dataset.features["response"].dtype != "string":
+        raise ValueError(f"Expected responses that are text, got {dataset.features['response']}; decode them.")
     model = load_model(arguments.model, arguments.base, arguments.dtype)
     teacher = TokenReader(model.language_model, model, lambda ids: ids)
 
@@ -36,22 +59,28 @@ def main(argv: list[str] | None = None) -> None:
         pairs = zip(contexts, prompts, strict=True)
         rows = [{"context_ids": context, "prompt_ids": prompt} for context, prompt in pairs]
         answers = teacher.answer_ids(rows, arguments.max_new_tokens)
-        return {
-            "response": model.tokenizer.batch_decode(answers, skip_special_tokens=True),
-            "complete": [0 < len(ids) < arguments.max_new_tokens for ids in answers],
-        }
+        texts = model.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        unfinished = whole_sentences if arguments.cut else lambda text: ""
+        at_end = [len(ids) < arguments.max_new_tokens for ids in answers]
+        return {"written": [text if end else unfinished(text) for text, end in zip(texts, at_end, strict=True)]}
 
-    dataset = load_dataset("parquet", data_files=arguments.data, split="train")
-    missing = {"context", "prompt"} - set(dataset.column_names)
-    if missing:
-        raise ValueError(f"Expected the columns `context` and `prompt`, got {dataset.column_names}.")
+    def teach(row: dict[str, str]) -> dict[str, str | bool]:
+        written = row["written"]
+        taught = written != "" and (least is None or overlap(written, row["response"]) >= least)
+        return {"response": written if taught or least is None else row["response"], "taught": taught}
+
     answered = dataset.map(answer, batched=True, batch_size=arguments.batch_size, load_from_cache_file=False)
-    complete = answered.filter(bool, input_columns=["complete"]).remove_columns("complete")
-    complete.to_parquet(arguments.output)
-    print(
-        f"{len(complete)} responses in {arguments.output}; left out are {len(answered) - len(complete)} rows whose "
-        f"answer was empty or not at its end after {arguments.max_new_tokens} tokens"
-    )
+    answered = answered.map(teach, remove_columns=["written"], load_from_cache_file=False)
+    taught = answered.filter(bool, input_columns=["taught"])
+    written = taught if least is None else answered
+    written.remove_columns("taught").to_parquet(arguments.output)
+    others = len(answered) - len(taught)
+    if least is None:
+        how = "without a whole sentence" if arguments.cut else "not at its end"
+        rest = f"left out are {others} rows whose answer was empty or {how} after {arguments.max_new_tokens} tokens"
+    else:
+        rest = f"{others} rows beside them keep theirs"
+    print(f"{len(taught)} responses in {arguments.output}; {rest}")
 
 
 if __name__ == "__main__":
