@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, Value, concatenate_datasets
 from transformers import AutoModelForCausalLM
 
 from icae import ICAEForConditionalGeneration
@@ -880,6 +880,7 @@ def test_answers_of_full_length_are_cut_or_left_out_and_those_unlike_the_respons
     full = [len(answer) == limit for answer in ids]
     monkeypatch.setattr(TokenReader, "answer_ids", lambda *_: ids)
     given = Dataset.from_dict({"context": CONTEXTS, "prompt": PROMPTS, "response": ["x", "a b c", "b", "b"]})
+    given = given.cast_column("response", Value("large_string"))  # as pandas 3 writes
     given.to_parquet(str(folder / "given.parquet"))
     files = ["--data", str(folder / "given.parquet"), "--output", str(folder / "taught.parquet")]
     assert full == [True, False, True, False]
@@ -910,6 +911,16 @@ def test_what_the_teacher_cannot_answer_is_said_before_the_model_is_loaded(tmp_p
     options = [] if share is None else ["--least-overlap", share]
     assert main(["write-responses", "--data", file, "--output", file, "--model", "none", *options]) != 0
     assert message in capsys.readouterr().err
+
+
+def test_responses_that_are_token_ids_cannot_be_compared_with_the_teachers(tmp_path, capsys):
+    from icae.cli import main
+
+    file = str(tmp_path / "given.parquet")
+    Dataset.from_dict({"context": ["a"], "prompt": ["b"], "response": [[3, 4]]}).to_parquet(file)
+    options = ["--data", file, "--output", file, "--model", "none", "--least-overlap", "0.2"]
+    assert main(["write-responses", *options]) != 0
+    assert "Expected responses that are text, got List(Value('int64')); decode them." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
