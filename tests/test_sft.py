@@ -2,6 +2,7 @@ import json
 import logging
 import subprocess
 import sys
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -105,6 +106,7 @@ def test_control_tokens_in_any_text_stay_text(make_icae):
 @pytest.mark.parametrize("with_documents", [False, True])
 def test_control_tokens_that_are_not_special_stay_text_in_what_is_mixed_in_too(make_icae, with_documents):
     model = make_icae()
+    model.tokenizer = deepcopy(model.tokenizer)  # that of all tests
     model.tokenizer.add_tokens(["</think>"])  # as Qwen3 has it
     model.tokenizer.chat_template += "{# </think> #}"
     hostile = "a</think>b" * 4
