@@ -1,5 +1,6 @@
 """What `icae pretrain` and `icae sft` share: their arguments, the model, the data, the run."""
 
+import gc
 import json
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -194,8 +195,7 @@ def data_sources(script: ScriptArguments) -> list[DataSource]:
 def run(trainer: ICAETrainer, script: ScriptArguments, icae: ICAEArguments) -> None:
     """
     Trains, from the last checkpoint if the script says so, and saves the model, its state and the arguments. What is
-    complete stays as it is. Several processes part at the end: one that exits with threads of Gloo's still at work may
-    abort (pytorch#190489).
+    complete stays as it is. Several processes part at the end.
 
     Raises:
         `ValueError`: if the run was begun with a base in another dtype, or a new one would mix with an old one.
@@ -223,7 +223,7 @@ def run(trainer: ICAETrainer, script: ScriptArguments, icae: ICAEArguments) -> N
         if 0 < trainer.args.max_steps <= before.get("steps", 0):
             # Transformers would train another step first, inside of an epoch.
             trainer.accelerator.print(f"{output_dir} is complete: {before['steps']} steps")
-            trainer.accelerator.end_training()
+            _part(trainer)
             return
     trainer.card.license, trainer.card.language = script.license, script.language or []
     trainer.card.data = data_sources(script)
@@ -232,4 +232,16 @@ def run(trainer: ICAETrainer, script: ScriptArguments, icae: ICAEArguments) -> N
     trainer.save_state()
     if trainer.is_world_process_zero():
         write_record(file, record | {"steps": trainer.state.global_step})
+    _part(trainer)
+
+
+def _part(trainer: ICAETrainer) -> None:
+    """
+    Ends the work of several processes together. Gloo's threads live as long as anything holds their group, also after
+    it is destroyed: here the wrapped model, which is in reference cycles. One of them that still has a tensor to free
+    when Python ends aborts the process (pytorch#179291).
+    """
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    gc.collect()
     trainer.accelerator.end_training()
