@@ -9,12 +9,11 @@ import logging
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
 from icae import ICAEConfig, ICAEForConditionalGeneration
-from tiny import TEMPLATE, VOCABULARY, make_base
+from tiny import VOCABULARY, make_base, make_tokenizer
 
 
 RECENT = hasattr(PreTrainedModel, "activation_checkpointing_enable")  # transformers 5.23
@@ -37,20 +36,10 @@ def _strict():
         transformers_logging.get_logger("transformers").addHandler(_Deprecations())
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character, a chat template, control tokens."""
-    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="?"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("(?m:.)"), "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
-        chat_template=TEMPLATE,
-    )
+    """Each test has its own, which it may change."""
+    return make_tokenizer()
 
 
 @pytest.fixture

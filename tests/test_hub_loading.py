@@ -17,7 +17,7 @@ from hub_server import BASE, LAYOUT, TOKEN, HubServer, contents
 from icae import EMBEDDED_CHECKPOINT, ICAEConfig, ICAEForConditionalGeneration, embedded_base
 from icae.hub_upload import assemble, upload
 from icae.trainers import ICAEPretrainingConfig, ICAEPretrainingTrainer
-from tiny import SHORT_RUN, make_base
+from tiny import SHORT_RUN, make_base, make_tokenizer
 
 
 REPO = "org/icae-tiny"
@@ -47,12 +47,12 @@ def ask_a_stranger(hub, home, steps, **environment):
 
 
 @pytest.fixture(scope="module")
-def pushed(hub, tokenizer, tmp_path_factory):
+def pushed(hub, tmp_path_factory):
     """
     Two versions of an ICAE on the Hub, the first from a trainer after three steps, and what the live model said then.
     The base is the revision `v1` of another repository, whose main branch has other weights by now.
     """
-    folder = tmp_path_factory.mktemp("pushed")
+    folder, tokenizer = tmp_path_factory.mktemp("pushed"), make_tokenizer()
     for name, base in (("base", make_base()), ("other", make_base(rms_norm_eps=1e-3))):
         torch.manual_seed(1)
         if name == "other":

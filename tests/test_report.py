@@ -11,7 +11,7 @@ from chat_server import chat_server
 from icae import ICAEConfig, ICAEForConditionalGeneration
 from icae.cli import OWN_PARSERS, main
 from icae.evaluation import curves, readme, report, tables
-from tiny import make_base
+from tiny import make_base, make_tokenizer
 
 
 TEXTS = [f"{name} met Bob in {year}. " * 8 for name in "ACE" for year in (1871, 1899)]
@@ -26,9 +26,9 @@ TRIPLES = Dataset.from_dict(
 
 
 @pytest.fixture(scope="module")
-def results(tokenizer, tmp_path_factory):
+def results(tmp_path_factory):
     """What the commands themselves write, on a tiny model."""
-    folder = tmp_path_factory.mktemp("work")
+    folder, tokenizer = tmp_path_factory.mktemp("work"), make_tokenizer()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         make_base(max_position_embeddings=2048).save_pretrained("base")

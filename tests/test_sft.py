@@ -2,7 +2,6 @@ import json
 import logging
 import subprocess
 import sys
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -106,7 +105,6 @@ def test_control_tokens_in_any_text_stay_text(make_icae):
 @pytest.mark.parametrize("with_documents", [False, True])
 def test_control_tokens_that_are_not_special_stay_text_in_what_is_mixed_in_too(make_icae, with_documents):
     model = make_icae()
-    model.tokenizer = deepcopy(model.tokenizer)  # that of all tests
     model.tokenizer.add_tokens(["</think>"])  # as Qwen3 has it
     model.tokenizer.chat_template += "{# </think> #}"
     hostile = "a</think>b" * 4
@@ -895,13 +893,17 @@ def test_answers_of_full_length_are_cut_or_left_out_and_those_unlike_the_respons
     assert written("--cut") == ["a b.", "a b c", "a b c.", "b"]
     assert written("--cut", "--least-overlap", "0.5") == ["x", "a b c", "a b c.", "b"]
     assert written("--least-overlap", "0.5") == ["x", "a b c", "b", "b"]
+    given.rename_columns({"context": "input", "response": "answer"}).to_parquet(str(folder / "given.parquet"))
+    assert written("--least-overlap", "0.5") == ["x", "a b c", "b", "b"]
+    given.select_columns(["context", "prompt"]).rename_column("context", "input").to_parquet(files[1])
+    assert written("--cut") == ["a b.", "a b c", "a b c.", "b"]
 
 
 @pytest.mark.parametrize(
     ("columns", "share", "message"),
     [
-        (("context", "prompt"), "0.2", "Expected the columns ['response'] too"),
-        (("context",), None, "Expected the columns ['prompt'] too"),
+        (("context", "prompt"), "0.2", "Expected the columns `context`, `prompt` and `response`, or `input`"),
+        (("context",), None, "Expected the columns `context` and `prompt`, or `input` and `prompt`, got ['context']"),
         (("context", "prompt", "response"), "1.2", "Expected a `--least-overlap` from 0 to 1, got 1.2"),
     ],
 )

@@ -1,7 +1,8 @@
 """Tiny bases of several families and their vocabulary: one token per character."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
@@ -72,3 +73,18 @@ def make_base(family: str = "llama", **overrides):
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **(SHARED | FAMILIES.get(family, LLAMA_LIKE) | overrides))
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character, a chat template, control tokens."""
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("(?m:.)"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        chat_template=TEMPLATE,
+    )

@@ -66,21 +66,24 @@ def _parts(context: str, words: list[tuple[int, int]], sizes: list[int], rng: np
     return parts if context.count(parts[0]) == 1 else []
 
 
-def load_triples(file: str) -> Dataset:
+def load_triples(file: str, responses: bool = True) -> Dataset:
     """
-    The rows of a Parquet file, with the columns `context`, `prompt` and `response`.
+    The rows of a Parquet file, with the columns `context`, `prompt` and, unless it can do without `responses`,
+    `response`.
 
     Raises:
-        `ValueError`: if it has neither these columns nor PWC's.
+        `ValueError`: if it has neither these columns nor PwC's.
     """
     dataset = load_dataset("parquet", data_files=file, split="train")
-    if {"input", "prompt", "answer"} <= {*dataset.column_names}:
-        dataset = dataset.rename_columns(PWC_NAMES)
-    if not {*COLUMNS} <= {*dataset.column_names}:
-        raise ValueError(
-            "Expected the columns `context`, `prompt` and `response`, or `input`, `prompt` and `answer`, got "
-            f"{dataset.column_names}."
+    if "context" not in dataset.column_names:
+        dataset = dataset.rename_columns({old: new for old, new in PWC_NAMES.items() if old in dataset.column_names})
+    if not {*(COLUMNS if responses else COLUMNS[:2])} <= {*dataset.column_names}:
+        expected = (
+            "`context`, `prompt` and `response`, or `input`, `prompt` and `answer`"
+            if responses
+            else "`context` and `prompt`, or `input` and `prompt`"
         )
+        raise ValueError(f"Expected the columns {expected}, got {dataset.column_names}.")
     return dataset
 
 

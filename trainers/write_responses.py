@@ -14,12 +14,14 @@ import re
 from itertools import chain
 
 import torch
-from datasets import Value, load_dataset
+from datasets import Value
 
 from icae.cli import add_dtype_argument, load_model
 from icae.evaluation.measures import overlap
 from icae.evaluation.readers import TokenReader
 from icae.modeling_icae.chat_icae import encode_contexts
+
+from .write_quotations import load_triples
 
 
 def whole_sentences(text: str) -> str:
@@ -44,10 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     least = arguments.least_overlap
     if least is not None and not 0 <= least <= 1:
         raise ValueError(f"Expected a `--least-overlap` from 0 to 1, got {least}.")
-    dataset = load_dataset("parquet", data_files=arguments.data, split="train")
-    missing = {"context", "prompt", *(["response"] if least is not None else [])} - set(dataset.column_names)
-    if missing:
-        raise ValueError(f"Expected the columns {sorted(missing)} too, got {dataset.column_names}.")
+    dataset = load_triples(arguments.data, responses=least is not None)
     if least is not None:
         import rouge_score  # noqa: F401 (of the extra `eval`: it should not be missed after the hours that answers take)
 
