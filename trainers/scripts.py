@@ -223,7 +223,7 @@ def run(trainer: ICAETrainer, script: ScriptArguments, icae: ICAEArguments) -> N
         if 0 < trainer.args.max_steps <= before.get("steps", 0):
             # Transformers would train another step first, inside of an epoch.
             trainer.accelerator.print(f"{output_dir} is complete: {before['steps']} steps")
-            _part(trainer)
+            _end_training(trainer)
             return
     trainer.card.license, trainer.card.language = script.license, script.language or []
     trainer.card.data = data_sources(script)
@@ -232,10 +232,10 @@ def run(trainer: ICAETrainer, script: ScriptArguments, icae: ICAEArguments) -> N
     trainer.save_state()
     if trainer.is_world_process_zero():
         write_record(file, record | {"steps": trainer.state.global_step})
-    _part(trainer)
+    _end_training(trainer)
 
 
-def _part(trainer: ICAETrainer) -> None:
+def _end_training(trainer: ICAETrainer) -> None:
     """
     Ends the work of several processes together. Gloo's threads live as long as anything holds their group, also after
     it is destroyed: here the wrapped model, which is in reference cycles. One of them that still has a tensor to free
@@ -243,5 +243,5 @@ def _part(trainer: ICAETrainer) -> None:
     """
     trainer.model_wrapped = trainer.model
     trainer.accelerator.free_memory()
-    gc.collect()
+    gc.collect()  # `free_memory` itself collects before it lets go of the model
     trainer.accelerator.end_training()
