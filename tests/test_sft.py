@@ -1,5 +1,6 @@
 import json
 import logging
+import pickle
 import subprocess
 import sys
 from functools import partial
@@ -201,6 +202,13 @@ def test_the_share_of_pretraining_samples_is_as_asked_and_does_not_depend_on_bat
         assert all(sample["context_ids"] and not sample["prompt_ids"] for sample in extra)
         streamed = prepare_sft_dataset(data.to_iterable_dataset(3), model, pretraining_share=share, seed=1)
         assert samples(streamed) == mixed
+
+
+def test_a_streamed_data_set_can_be_pickled_as_spawned_workers_do(make_icae):
+    """As on macOS and Windows: a function within a function could not be."""
+    triples, documents = TRIPLES.to_iterable_dataset(2), Dataset.from_dict({"text": CONTEXTS}).to_iterable_dataset(2)
+    prepared = prepare_sft_dataset(triples, make_icae(), pretraining_share=0.4, documents=documents)
+    assert samples(pickle.loads(pickle.dumps(prepared))) == samples(prepared)
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -7,7 +7,9 @@ data set only — not on processes or what was read before. (Of a streamed data 
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -101,31 +103,45 @@ def prepare_pretraining_dataset(
     if text_column not in columns:
         raise ValueError(f"Expected a column {text_column!r} with documents, got {columns}; rename one of them to it.")
 
-    def cut(batch: dict, indices: list[int]) -> dict[str, list]:
-        rngs = [np.random.default_rng([seed, index]) for index in indices]
-        shuffled = [shuffled_share > 0 and rng.random() < shuffled_share for rng in rngs]
-        texts = [
-            shuffle_words(text, rng) if shuffle else text
-            for text, rng, shuffle in zip(batch[text_column], rngs, shuffled, strict=True)
-        ]
-        samples = []
-        for ids, rng, shuffle in zip(encode_plain(tokenizer, texts), rngs, shuffled, strict=True):
-            samples += cut_document(
-                ids,
-                rng,
-                span_length=span_length,
-                max_spans=max_spans,
-                short_share=short_share,
-                continuation_length=0 if shuffle else continuation_length,
-            )
-        return {
-            "context_ids": [context for context, _ in samples],
-            "continuation_ids": [continuation for _, continuation in samples],
-            "length": [len(context) for context, _ in samples],
-        }
-
+    cut = partial(  # no function in this one: spawned workers that read a stream could not unpickle it
+        _cut_batch,
+        tokenizer=tokenizer,
+        text_column=text_column,
+        shuffled_share=shuffled_share,
+        continuation_length=continuation_length,
+        seed=seed,
+        cut=partial(cut_document, span_length=span_length, max_spans=max_spans, short_share=short_share),
+    )
     how = {"batched": True, "with_indices": True, "batch_size": 64, "remove_columns": columns, "features": FEATURES}
     return dataset.map(cut, **how | processes(dataset, num_proc))
+
+
+def _cut_batch(
+    batch: dict[str, list],
+    indices: list[int],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    text_column: str,
+    shuffled_share: float,
+    continuation_length: int,
+    seed: int,
+    cut: Callable[..., list[tuple[list[int], list[int]]]],
+) -> dict[str, list]:
+    """Contexts and continuations of documents, some with their words shuffled."""
+    rngs = [np.random.default_rng([seed, index]) for index in indices]
+    shuffled = [shuffled_share > 0 and rng.random() < shuffled_share for rng in rngs]
+    texts = [
+        shuffle_words(text, rng) if shuffle else text
+        for text, rng, shuffle in zip(batch[text_column], rngs, shuffled, strict=True)
+    ]
+    samples = []
+    for ids, rng, shuffle in zip(encode_plain(tokenizer, texts), rngs, shuffled, strict=True):
+        samples += cut(ids, rng, continuation_length=0 if shuffle else continuation_length)
+    return {
+        "context_ids": [context for context, _ in samples],
+        "continuation_ids": [continuation for _, continuation in samples],
+        "length": [len(context) for context, _ in samples],
+    }
 
 
 def processes(dataset: AnyDataset, num_proc: int | None) -> dict[str, int]:

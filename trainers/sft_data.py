@@ -5,7 +5,7 @@ Which samples train reconstruction and continuation instead depends on the seed 
 only, not on processes. (Of a streamed data set it is the place in a worker's part.)
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -136,78 +136,33 @@ def prepare_sft_dataset(
                 f" up to `max_prompts` ({max_prompts}). Sort rows by context; training shuffles the samples."
             )
 
-    # Not the model itself in what follows: `datasets` pickles what a function refers to.
-    tokenizer, end_token_ids, config = model.tokenizer, model.end_token_ids, model.config
+    # Not the model itself in what follows: `datasets` pickles what a function refers to. Nor functions in functions,
+    # which spawned workers that read a stream cannot unpickle.
+    tokenizer, config = model.tokenizer, model.config
     positions = getattr(config.text_config, "max_position_embeddings", None)
-    span_length, vocab_size = config.span_length, config.text_config.vocab_size
-    prefix_length = len(model._prefix("instruction"))
     mixed_in = pretraining_share / (1 - pretraining_share)  # samples per sample with prompts
+    encode = partial(
+        _encode_row,
+        tokenizer=tokenizer,
+        end_token_ids=model.end_token_ids,
+        vocab_size=config.text_config.vocab_size,
+    )
+    fits = partial(
+        _fits,
+        config=config,
+        prefix_length=len(model._prefix("instruction")),
+        max_context_length=max_context_length,
+        positions=positions,
+    )
+    cut = partial(
+        cut_document,
+        span_length=config.span_length,
+        max_spans=max_spans,
+        short_share=SHORT_SHARE,
+        continuation_length=continuation_length,
+    )
     cuts_per_sample = 0 if documents is not None else mixed_in
-
-    def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
-        try:
-            prompt, response = _prompt_and_response(row)
-            contexts = encode_contexts(tokenizer, row["context"] or "")
-            prompt_ids = encode_prompt(tokenizer, prompt)
-            response_ids = _response_ids(response)
-            rejected_ids = _response_ids(_rejected(row) or [])
-        except ValueError as error:
-            raise ValueError(f"Row {index}: {error}") from error
-        if not all(contexts) or not response:
-            name = "response" if all(contexts) else "context"
-            raise ValueError(f"Expected a {name} of at least one letter, got none in row {index}; filter the rows.")
-        return {
-            "context_ids": [token for ids in contexts for token in ids],
-            "context_lengths": [len(ids) for ids in contexts],
-            "continuation_ids": [],
-            "prompt_ids": [prompt_ids],
-            "response_ids": [response_ids],
-            "rejected_ids": [rejected_ids],
-        }
-
-    def _response_ids(response: str | list[int]) -> list[int]:
-        if isinstance(response, str):
-            return encode_response(tokenizer, response, end_token_ids)
-        if response and not 0 <= min(response) <= max(response) < vocab_size:
-            raise ValueError(f"Expected token ids from 0 to {vocab_size - 1} in a response, got {response}.")
-        return response
-
-    def fits(
-        lengths: list[int], prompts: list[list[int]], responses: list[list[int]], rejected: list[list[int]]
-    ) -> bool:
-        behind = len(prompts[0]) + max(len(responses[0]), len(rejected[0]))
-        total = positions_taken(config, prefix_length, lengths) + behind
-        return sum(lengths) <= (max_context_length or total) and total <= (positions or total)
-
-    def gather(batch: dict[str, list], indices: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Neighbours with the same context as one sample, with the place of the first of them."""
-        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        for _, same in groupby(zip(indices, rows, strict=True), lambda pair: _context_of(pair[1])):
-            neighbours = list(same)
-            for first in range(0, len(neighbours), max_prompts):
-                gathered = neighbours[first : first + max_prompts]
-                place, sample = gathered[0]
-                names = ("prompt_ids", "response_ids", "rejected_ids")
-                lists = {name: [row[name][0] for _, row in gathered] for name in names}
-                yield place, sample | lists
-
-    def mix(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        rows = []
-        for index, row in gather(batch, indices):
-            rows.append(row | {"length": len(row["context_ids"])})
-            rng = np.random.default_rng([seed, index])
-            for _ in range(int(cuts_per_sample + rng.random())):
-                cuts = cut_document(
-                    row["context_ids"],
-                    rng,
-                    span_length=span_length,
-                    max_spans=max_spans,
-                    short_share=SHORT_SHARE,
-                    continuation_length=continuation_length,
-                )
-                context, continuation = cuts[rng.integers(len(cuts))]
-                rows.append(_without_prompts({"context_ids": context, "continuation_ids": continuation}))
-        return {name: [row[name] for row in rows] for name in rows[0]}
+    mix = partial(_mix, max_prompts=max_prompts, cut=cut, cuts_per_sample=cuts_per_sample, seed=seed)
 
     encoded = dataset.map(encode, with_indices=True, remove_columns=columns, **processes(dataset, num_proc))
     fitting = encoded.filter(fits, input_columns=["context_lengths", "prompt_ids", "response_ids", "rejected_ids"])
@@ -225,7 +180,7 @@ def prepare_sft_dataset(
     cuts = partial(
         prepare_pretraining_dataset,
         tokenizer=tokenizer,
-        span_length=span_length,
+        span_length=config.span_length,
         max_spans=max_spans,
         short_share=SHORT_SHARE,
         continuation_length=continuation_length,
@@ -244,6 +199,89 @@ def prepare_sft_dataset(
     endless = cuts(shuffled).map(_without_prompts, features=SAMPLE_FEATURES).repeat(None)
     shares = [1 - pretraining_share, pretraining_share]
     return interleave_datasets([samples, endless], probabilities=shares, seed=seed)
+
+
+def _encode_row(row: dict[str, Any], index: int, *, tokenizer, end_token_ids, vocab_size: int) -> dict[str, Any]:
+    """The token ids of one triple."""
+    try:
+        prompt, response = _prompt_and_response(row)
+        contexts = encode_contexts(tokenizer, row["context"] or "")
+        prompt_ids = encode_prompt(tokenizer, prompt)
+        response_ids, rejected_ids = (
+            encode_response(tokenizer, text, end_token_ids)
+            if isinstance(text, str)
+            else _checked_ids(text, vocab_size)
+            for text in (response, _rejected(row) or [])
+        )
+    except ValueError as error:
+        raise ValueError(f"Row {index}: {error}") from error
+    if not all(contexts) or not response:
+        name = "response" if all(contexts) else "context"
+        raise ValueError(f"Expected a {name} of at least one letter, got none in row {index}; filter the rows.")
+    return {
+        "context_ids": [token for ids in contexts for token in ids],
+        "context_lengths": [len(ids) for ids in contexts],
+        "continuation_ids": [],
+        "prompt_ids": [prompt_ids],
+        "response_ids": [response_ids],
+        "rejected_ids": [rejected_ids],
+    }
+
+
+def _checked_ids(ids: list[int], vocab_size: int) -> list[int]:
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise ValueError(f"Expected token ids from 0 to {vocab_size - 1} in a response, got {ids}.")
+    return ids
+
+
+def _fits(
+    lengths: list[int],
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    rejected: list[list[int]],
+    *,
+    config: ICAEConfig,
+    prefix_length: int,
+    max_context_length: int | None,
+    positions: int | None,
+) -> bool:
+    behind = len(prompts[0]) + max(len(responses[0]), len(rejected[0]))
+    total = positions_taken(config, prefix_length, lengths) + behind
+    return sum(lengths) <= (max_context_length or total) and total <= (positions or total)
+
+
+def _gather(batch: dict[str, list], indices: list[int], max_prompts: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Neighbours with the same context as one sample, with the place of the first of them."""
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    for _, same in groupby(zip(indices, rows, strict=True), lambda pair: _context_of(pair[1])):
+        neighbours = list(same)
+        for first in range(0, len(neighbours), max_prompts):
+            gathered = neighbours[first : first + max_prompts]
+            place, sample = gathered[0]
+            names = ("prompt_ids", "response_ids", "rejected_ids")
+            lists = {name: [row[name][0] for _, row in gathered] for name in names}
+            yield place, sample | lists
+
+
+def _mix(
+    batch: dict[str, list],
+    indices: list[int],
+    *,
+    max_prompts: int,
+    cut: Callable[..., list[tuple[list[int], list[int]]]],
+    cuts_per_sample: float,
+    seed: int,
+) -> dict[str, list]:
+    """Samples with prompts and, beside them, so many cuts of their contexts without any."""
+    rows = []
+    for index, row in _gather(batch, indices, max_prompts):
+        rows.append(row | {"length": len(row["context_ids"])})
+        rng = np.random.default_rng([seed, index])
+        for _ in range(int(cuts_per_sample + rng.random())):
+            cuts = cut(row["context_ids"], rng)
+            context, continuation = cuts[rng.integers(len(cuts))]
+            rows.append(_without_prompts({"context_ids": context, "continuation_ids": continuation}))
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def positions_taken(config: ICAEConfig, prefix_length: int, lengths: list[int]) -> int:
