@@ -103,7 +103,7 @@ def prepare_pretraining_dataset(
     if text_column not in columns:
         raise ValueError(f"Expected a column {text_column!r} with documents, got {columns}; rename one of them to it.")
 
-    cut = partial(  # no function in this one: spawned workers that read a stream could not unpickle it
+    cut = partial(  # not a function in this one: it could not be pickled for spawned workers that read a stream
         _cut_batch,
         tokenizer=tokenizer,
         text_column=text_column,

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, List, concatenate_datasets, interleave_datasets
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from icae.configuration_icae import ICAEConfig
@@ -136,8 +137,8 @@ def prepare_sft_dataset(
                 f" up to `max_prompts` ({max_prompts}). Sort rows by context; training shuffles the samples."
             )
 
-    # Not the model itself in what follows: `datasets` pickles what a function refers to. Nor functions in functions,
-    # which spawned workers that read a stream cannot unpickle.
+    # Not the model itself in what follows: `datasets` pickles what a function refers to. Nor functions in functions:
+    # they cannot be pickled for spawned workers that read a stream.
     tokenizer, config = model.tokenizer, model.config
     positions = getattr(config.text_config, "max_position_embeddings", None)
     mixed_in = pretraining_share / (1 - pretraining_share)  # samples per sample with prompts
@@ -201,7 +202,14 @@ def prepare_sft_dataset(
     return interleave_datasets([samples, endless], probabilities=shares, seed=seed)
 
 
-def _encode_row(row: dict[str, Any], index: int, *, tokenizer, end_token_ids, vocab_size: int) -> dict[str, Any]:
+def _encode_row(
+    row: dict[str, Any],
+    index: int,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    end_token_ids: list[int],
+    vocab_size: int,
+) -> dict[str, Any]:
     """The token ids of one triple."""
     try:
         prompt, response = _prompt_and_response(row)
