@@ -142,6 +142,20 @@ class ICAEConfig(PreTrainedConfig):
         token_id = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
         return token_id[0] if isinstance(token_id, list) else token_id
 
+    @property
+    def num_positions(self) -> int | None:
+        """Position ids that the base can tell apart, `None` without a limit.
+
+        Bases with LongRoPE (Phi-3, 128k) rotate all keys of a pass in another way once one of them stands behind the
+        positions of their own pretraining. Slots are kept between passes, so they have these alone.
+        """
+        limit = getattr(self.text_config, "max_position_embeddings", None)
+        rotations = getattr(self.text_config, "rope_parameters", None) or {}
+        for rotation in (rotations, *rotations.values()):  # some bases have several, by the type of the layer
+            if isinstance(rotation, dict) and rotation.get("rope_type") == "longrope":
+                limit = min(limit, rotation["original_max_position_embeddings"])
+        return limit
+
     def slots_for(self, num_tokens: int) -> int:
         """Number of slots of one span of `num_tokens` tokens."""
         if self.compression_ratio is not None:
@@ -204,7 +218,7 @@ class ICAEConfig(PreTrainedConfig):
         expect(bool(self.lora_target_modules), "Expected `lora_target_modules` with at least one name, got none.")
         expect(0 <= self.lora_dropout < 1, f"Expected `lora_dropout` in [0, 1), got {self.lora_dropout}.")
         if self.text_config is not None:
-            limit = getattr(self.text_config, "max_position_embeddings", None)
+            limit = self.num_positions
             expect(
                 limit is None or self.span_length < limit,
                 f"Expected `span_length` below the base's {limit} positions, got {self.span_length}; lower it.",

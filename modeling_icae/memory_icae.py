@@ -143,8 +143,8 @@ class ICAEMemory:
         for parts in zip(*(memory.rows() for memory in memories), strict=True):
             shifts = [0] * len(parts)
             if parts[0].memory_type == "hidden_states":
-                tokens = torch.tensor([0] + [int(part.num_tokens) for part in parts[:-1]])
-                shifts = tokens.cumsum(0).tolist()
+                ends = torch.tensor([0] + [int(part.end) - 1 for part in parts[:-1]])
+                shifts = ends.cumsum(0).tolist()
             joined.append(
                 replace(
                     parts[0],

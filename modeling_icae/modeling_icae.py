@@ -331,19 +331,18 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
 
     # ----------------------------------------------------------------------------------------------- slots to text
 
-    def _open(self, memory: ICAEMemory, prefix: torch.Tensor, task: str) -> tuple[DynamicCache, Any, torch.Tensor]:
+    def _open(self, memory: ICAEMemory, prefix: torch.Tensor, task: str) -> tuple[DynamicCache, torch.Tensor]:
         """
         Puts a memory behind `prefix` (token ids of shape `(P,)`) into a cache of the frozen model.
 
-        Returns the cache, its mask of shape `(B, P + K)`, and the position id of the text to come, of shape `(B,)`.
-        Rows of fewer slots are padded on the left, so that the text follows the slots without a gap.
+        Returns the cache and its mask of shape `(B, P + K)`. Rows of fewer slots are padded on the left, so that the
+        text follows the slots without a gap.
         """
         memory = memory.to(self.memory_embeddings.device)  # one that was loaded lies on the CPU
         sequential = self.config.decoder_layout[task] == "sequential"
-        positions, end = memory.positions, memory.end
+        positions = memory.positions
         if memory.memory_type == "hidden_states" and sequential:
             positions = torch.arange(1, positions.shape[1] + 1, device=positions.device).expand_as(positions)
-            end = memory.num_slots + 1
         prefix_positions = torch.arange(1 - len(prefix), 1, device=prefix.device)  # ends at 0, before the first slot
         if getattr(self.config.text_config, "rope_parameters", None) is None:
             prefix_positions = prefix_positions.clamp(min=0)  # absolute position embeddings know no negative ones
@@ -373,7 +372,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             else:
                 embeds = behind_prefix(self._embed(prefix[None]), slots)
                 self._run(embeds, mask, behind_prefix(prefix_positions[None], positions), cache)
-        return cache, mask, end
+        return cache, mask
 
     def _run(self, embeds, mask, positions, cache: DynamicCache) -> torch.Tensor:
         """
@@ -601,9 +600,9 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
 
     def _read(self, memory: ICAEMemory, task: str, text: _Text) -> torch.Tensor:
         """Last hidden states at the targets of a text that is read behind a memory, of shape `(targets, H)`."""
-        cache, memory_mask, end = self._open(memory, self._prefix(task), task)
-        places = torch.arange(text.mask.shape[1], device=end.device)
-        positions = self._text_start(task, end)[:, None] + places
+        cache, memory_mask = self._open(memory, self._prefix(task), task)
+        places = torch.arange(text.mask.shape[1], device=memory_mask.device)
+        positions = self._text_start(memory, task)[:, None] + places
         self._check_positions(int(positions[text.mask].max()))
         hidden = self._run(text.embeds, torch.cat([memory_mask, text.mask], dim=1), positions, cache)
         return hidden[text.label_mask]  # (B, T, H) -> (targets, H)
@@ -647,10 +646,21 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             hits = [self._logits(states).argmax(dim=-1) for states in chunks]
         return losses, torch.cat(hits) == labels
 
-    def _text_start(self, task: str, end: torch.Tensor) -> torch.Tensor:
-        """Position id of the decoder's text: in the uniform layout, autoencoding rewrites its context from 1 on."""
-        overlay = task == "autoencoding" and self.config.decoder_layout[task] == "uniform"
-        return torch.zeros_like(end) if overlay else end
+    def _text_start(self, memory: ICAEMemory, task: str) -> torch.Tensor:
+        """
+        Position id of the first embedding behind a memory, of shape `(B,)`. In the uniform layout, autoencoding
+        rewrites the text where it stood: its task embedding stands just before it.
+        """
+        sequential = self.config.decoder_layout[task] == "sequential"
+        if memory.memory_type == "hidden_states" and sequential:
+            start = memory.num_slots + 1
+        elif task == "autoencoding" and not sequential:
+            first_spans = [row[0] for row in memory.spans]  # whose first slot has the position where its part ends
+            parts = torch.tensor([-(-tokens // slots) for slots, tokens in first_spans])
+            start = memory.positions[:, 0] - parts.to(memory.positions.device)
+        else:
+            start = memory.end
+        return start.to(self.memory_embeddings.device)
 
     @property
     def _loss_chunk_size(self) -> int:
@@ -717,6 +727,8 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         if memory is None:
             memory = self.compress(context)  # type: ignore[arg-type]  # one of the two is given
         self._check_memory(memory)
+        if task == "autoencoding":
+            self._check_text_is_whole(memory)
 
         options, generation_config = kwargs, copy.deepcopy(generation_config or self.generation_config)
         # What a given configuration leaves open is the model's, as it is in transformers' own generate.
@@ -726,17 +738,18 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         if generation_config.stop_strings is not None:
             kwargs.setdefault("tokenizer", self.tokenizer)
 
-        cache, memory_mask, end = self._open(memory, self._prefix(task), task)
+        cache, memory_mask = self._open(memory, self._prefix(task), task)
+        start = self._text_start(memory, task)
         if task == "instruction":
             prompts = self.encode_prompts(prompt)
-            ids, mask = _pad_left(prompts, device=end.device)
+            ids, mask = _pad_left(prompts, device=start.device)
             rows = max(len(memory), len(prompts))
             if {len(memory), len(prompts)} - {1, rows}:
                 raise ValueError(
                     f"Expected one prompt per context, one prompt or one context, got {len(prompts)} prompts for "
                     f"{len(memory)} contexts."
                 )
-            memory_mask, end = memory_mask.expand(rows, -1), end.expand(rows)
+            memory_mask, start = memory_mask.expand(rows, -1), start.expand(rows)
             ids, mask = ids.expand(rows, -1), mask.expand(rows, -1)
             inputs = {"input_ids": ids}
         else:
@@ -747,7 +760,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             # generate() counts the cached part as a part of the embeddings and cuts it off again.
             inputs = {"inputs_embeds": F.pad(embeds, (0, 0, cache.get_seq_length(), 0))}
         given = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-        positions = self._text_start(task, end)[:, None] + (mask.cumsum(dim=1) - 1).clamp(min=0)
+        positions = start[:, None] + (mask.cumsum(dim=1) - 1).clamp(min=0)
         last = int(positions.max())
         if generation_config.max_new_tokens is None:  # a default or an upper bound, which the base's positions are too
             room = max(1, self._num_positions - last)
@@ -815,6 +828,9 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                 What to read back.
             kwargs:
                 Arguments of [`~ICAEForConditionalGeneration.generate`].
+
+        Raises:
+            `ValueError`: in the uniform layout, if the spans of a row do not follow each other in one text.
         """
         if not isinstance(memory, ICAEMemory):
             memory = self.compress(memory)
@@ -934,9 +950,23 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             )
         memory.check_finite()
 
+    def _check_text_is_whole(self, memory: ICAEMemory) -> None:
+        """Raises a `ValueError` if a text that is rewritten where it stood has gaps, or two parts in one place."""
+        if self.config.decoder_layout["autoencoding"] == "sequential":
+            return
+        found = (memory.end.to(self.device) - 1 - self._text_start(memory, "autoencoding")).tolist()
+        for row, (positions, tokens) in enumerate(zip(found, memory.num_tokens.tolist(), strict=True)):
+            if positions != tokens:
+                raise ValueError(
+                    f"Expected spans that follow each other in one text, to write it out, got {tokens} tokens in "
+                    f"places of {positions} in row {row}: spans with others between them, in another order, or of "
+                    "contexts or windows that were compressed apart; write them out one by one, with "
+                    "`memory.select_spans([0])` and so on."
+                )
+
     @property
     def _num_positions(self) -> int:
-        return getattr(self.config.text_config, "max_position_embeddings", None) or sys.maxsize
+        return self.config.num_positions or sys.maxsize
 
     def _check_positions(self, last: int, task: str = "instruction") -> None:
         if last >= self._num_positions:

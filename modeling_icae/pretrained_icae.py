@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -556,6 +557,13 @@ def _load_base(name: str, **kwargs) -> PreTrainedModel:
 def _check_base(base: PreTrainedModel) -> None:
     check_dtype(base.get_input_embeddings().weight.dtype)
     config, name = base.config, type(base).__name__
+    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        raise ValueError(
+            f"Expected a base without adapters, got {name} with one inside, which reading memories would switch off; "
+            "merge it into the weights and save them as a base of their own "
+            "(`AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload().save_pretrained(…)`). The base of "
+            "another ICAE is loaded once more."
+        )
     if (text_config := config.get_text_config()) is not config:
         raise ValueError(
             f"Expected a base that reads text alone, got {name}, of which its language model "

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from icae import ICAEForConditionalGeneration
 from icae.cli import main
 from icae.hub_upload.layout import ADAPTER_WEIGHTS
-from icae.model_cards.facts import CardFacts, TrainingStage
+from icae.model_cards.facts import CARD_FACTS, CardFacts, Evaluation, TrainingStage
 from icae.modeling_icae.pretrained_icae import SLOTS_FILE
 from tiny import make_base
 
@@ -27,7 +27,8 @@ def start_and_end(tmp_path, make_icae):
         "ICAE SFT", 3, rows_per_step=1, learning_rate=1.0, schedule="constant", warmup_steps=0, optimizer="sgd", seed=0
     )
     CardFacts(name="tiny", stages=[stage]).save(tmp_path / "end")
-    (tmp_path / "end" / "trainer_state.json").write_text("{}")
+    for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_1.pth"):
+        (tmp_path / "end" / name).write_text("{}")
     return [str(tmp_path / name) for name in ("start", "end")]
 
 
@@ -45,7 +46,8 @@ def test_every_trained_weight_is_the_mean_and_the_rest_is_the_last_ones(start_an
             torch.testing.assert_close(tensor, start[name] + share)
     facts = CardFacts.load(output)
     assert facts.name == "tiny" and facts.stages[-1].settings == {"average of checkpoints": said}
-    assert not (output / "trainer_state.json").exists()
+    of_the_run = {"trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_1.pth"}
+    assert not of_the_run & {file.name for file in output.iterdir()}
     model = ICAEForConditionalGeneration.from_pretrained(output, base_model=make_base())
     assert len(model.generate(context="a b", prompt="c", max_new_tokens=2)) == 1
 
@@ -68,6 +70,19 @@ def test_the_card_of_a_mean_names_the_stages_of_all_checkpoints_once(start_and_e
     stages = CardFacts.load(tmp_path / "again").stages
     assert [stage.seed for stage in stages] == [0, 1, 2]
     assert stages[-1].settings == {"average of checkpoints": "0.25 : 0.25 : 0.25 : 0.25, then 0.5 : 0.5"}
+
+
+def test_what_was_measured_of_the_last_checkpoint_is_not_said_of_the_mean(start_and_end, tmp_path):
+    facts = CardFacts.load(tmp_path / "end")
+    measured = Evaluation(rows={"icae": {"f1": 0.987}}, context_tokens=5, command="icae evaluate", date="2026-01-01")
+    stages = [replace(facts.stages[0], evaluation={"loss": 0.987})]
+    replace(facts, stages=stages, answers=measured, reconstruction=measured).save(tmp_path / "end")
+    assert main(["average", *start_and_end, "--output", str(tmp_path / "mean")]) == 0
+    assert "0.987" in (tmp_path / "end" / CARD_FACTS).read_text()
+    assert "0.987" not in (tmp_path / "mean" / CARD_FACTS).read_text()
+    # and the run, of which another mean says what was measured, is still one stage
+    assert main(["average", *start_and_end, str(tmp_path / "mean"), "--output", str(tmp_path / "again")]) == 0
+    assert len(CardFacts.load(tmp_path / "again").stages) == 1
 
 
 @pytest.mark.parametrize("weights", [["1"], ["0.5", "0.6"], ["-0.5", "1.5"]])

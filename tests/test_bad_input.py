@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config
 
 from icae import ICAEConfig, ICAEForConditionalGeneration
@@ -196,8 +197,24 @@ def test_a_misspelt_option(model):
 
 
 def test_a_second_icae_on_one_base(model):
-    with pytest.raises(ValueError, match="icae already exists"):
+    with pytest.raises(
+        ValueError, match=r"Expected a base without adapters.*The base of another ICAE is loaded once more"
+    ):
         ICAEForConditionalGeneration.from_base(model.language_model, ICAEConfig(span_length=16))
+
+
+@pytest.mark.parametrize("load", ["as transformers does", "as PEFT does"])
+def test_a_base_with_an_adapter_of_its_own(tmp_path, load):
+    make_base().save_pretrained(tmp_path / "base")
+    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(task_type="CAUSAL_LM"))
+    tuned.save_pretrained(tmp_path / "tuned")
+    base = str(tmp_path / "tuned") if load == "as transformers does" else tuned
+    with pytest.raises(ValueError, match=r"Expected a base without adapters, got .* merge it into the weights"):
+        ICAEForConditionalGeneration.from_base(base, ICAEConfig(span_length=16))
+    AutoPeftModelForCausalLM.from_pretrained(tmp_path / "tuned").merge_and_unload().save_pretrained(
+        tmp_path / "merged"
+    )
+    assert ICAEForConditionalGeneration.from_base(str(tmp_path / "merged"), ICAEConfig(span_length=16))
 
 
 # What follows is known to be missing; each mark goes with its message.

@@ -7,12 +7,14 @@ import icae.trainers.cpu_attention  # noqa: F401  (registers the name)
 from tiny import FAMILIES, make_base
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt_oss"])
 def test_losses_and_gradients_are_those_of_eager_attention(make_icae, ragged, family):
     ids, mask = ragged
     results = []
     for name in ("eager", "grouped"):
-        base = make_base(family)
+        base = make_base(family, **({"num_local_experts": 4} if family == "gpt_oss" else {}))
+        for index, layer in enumerate(base.base_model.layers if family == "gpt_oss" else ()):
+            torch.nn.init.normal_(layer.self_attn.sinks, generator=torch.Generator().manual_seed(index))
         base.set_attn_implementation(name)
         model = make_icae(base=base)
         output = model(ids, mask, continuation_ids=ids[:, :6])

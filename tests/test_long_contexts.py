@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from icae import ICAEMemory
+from icae import EMBEDDED_CHECKPOINT, ICAEForConditionalGeneration, ICAEMemory, embedded_base
+from tiny import make_base
 
 
 GENERATOR = torch.Generator().manual_seed(4)
@@ -104,9 +105,79 @@ def test_a_window_goes_on_where_it_was_when_text_is_added(make_icae):
 def test_what_does_not_fit_the_positions_is_written_out_in_parts(make_icae):
     model = make_icae()
     memory = model.compress(torch.randint(5, 100, (1, 1000), generator=GENERATOR), window=256)
-    with pytest.raises(ValueError, match=r"Expected at most 511 tokens of text to write out.*`memory.select_spans`"):
+    with pytest.raises(
+        ValueError, match=r"Expected spans that follow each other.*got 1000 tokens in places of 256 in"
+    ):
         model.reconstruct(memory)
-    assert len(model.reconstruct(memory.select_spans(slice(0, 4)))) == 1
+    for part in (slice(0, 16), slice(20, 24), [62]):
+        assert len(model.reconstruct(memory.select_spans(part))) == 1
+    with pytest.raises(ValueError, match=r"Expected at most 511 tokens of text to write out.*`memory.select_spans`"):
+        model.reconstruct(memory.select_spans([0]), max_new_tokens=600)
+
+
+def test_spans_that_do_not_follow_each_other_are_written_out_one_by_one(make_icae):
+    for memory_type in ("key_values", "hidden_states"):
+        model = make_icae(memory_type=memory_type)
+        memory = model.compress(IDS)
+        parts = {"a gap": [1, 3], "another order": [2, 1], "a repetition": [1, 1], "a gap of one row": [4, 0]}
+        for chosen in parts.values():
+            with pytest.raises(
+                ValueError, match=r"tokens in places of -?\d+ in row 0: spans with others between them"
+            ):
+                model.reconstruct(memory.select_spans(chosen))
+        assert model.generate(memory=memory.select_spans([1, 3]), prompt="?", max_new_tokens=3).shape == (2, 3)
+    sequential = make_icae(memory_type="hidden_states", decoder_layout="sequential")  # where slots count, not places
+    assert len(sequential.reconstruct(sequential.compress(IDS).select_spans([3, 1]), max_new_tokens=3)) == 2
+
+
+def test_a_later_part_is_written_out_where_it_stood(model):
+    memory = model.compress([IDS[0], IDS[1][:50]]).select_spans([1, 2])
+    start = model._text_start(memory, "autoencoding").tolist()
+    if model.config.decoder_layout["autoencoding"] == "uniform":
+        assert start == [16, 16]  # the second text's last span has 2 slots of 8 and 10 tokens
+    elif memory.memory_type == "hidden_states":
+        assert start == [9, 9]
+    else:
+        assert start == memory.end.tolist()
+
+
+@pytest.mark.skipif(EMBEDDED_CHECKPOINT is None, reason="an installed wheel carries no checkpoint")
+def test_a_real_model_writes_out_the_second_span_of_a_text():
+    model = ICAEForConditionalGeneration.from_pretrained(EMBEDDED_CHECKPOINT, base_model=embedded_base())
+    text = (
+        "The lighthouse keeper had not spoken to anyone since October. Every morning he climbed the stairs, cleaned"
+        " the lamp, and wrote the weather into a book that nobody read. When the boat came in the first week of March,"
+        " its crew found the door open and the stove still warm, but the keeper himself was gone. "
+    )
+    ids = model.tokenizer(text * 4, add_special_tokens=False)["input_ids"]
+    second = ids[model.config.span_length :][:32]
+    memory = model.compress([ids[: 2 * model.config.span_length]]).select_spans([1])
+    assert model.reconstruct(memory, max_new_tokens=32) == [model.tokenizer.decode(second)]
+
+
+def test_text_added_to_later_spans_stands_behind_them(model):
+    memory = model.compress([IDS[0][:48]])
+    extended = model.extend(memory.select_spans(slice(1, None)), [IDS[0][48:64]])
+    same(extended, model.compress([IDS[0][:64]]).select_spans(slice(1, None)))
+
+
+def test_bases_that_rotate_long_texts_otherwise_have_the_positions_of_their_pretraining(make_icae):
+    """LongRoPE turns all keys of a pass in another way once one stands behind them: what was kept would not fit."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 64}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    options = {"pad_token_id": 0, "original_max_position_embeddings": 64, "rope_parameters": rope}
+    base = make_base("phi3", **options)
+    model = make_icae(base=base)
+    assert model.config.num_positions == 64 < base.config.max_position_embeddings
+    with pytest.raises(ValueError, match=r"Expected at most 63 tokens of context, prompt and answer.*got 80"):
+        model.compress([IDS[0]])
+    with pytest.raises(ValueError, match="Expected at most 63 tokens of context, prompt and answer"):
+        model.generate("A text.", "Who is it about? " * 4, max_new_tokens=3)
+    alone = model.compress([IDS[0][:20]])
+    torch.testing.assert_close(model.compress([IDS[0][:20], IDS[1][:63]])[0].slots, alone.slots)
+    same(model.compress([IDS[0]], window=48, max_spans_per_batch=1), model.compress([IDS[0]], window=48))
+    with pytest.raises(ValueError, match="Expected `span_length` below the base's 64 positions, got 64"):
+        make_icae(base=make_base("phi3", **options), span_length=64)
 
 
 def test_slots_as_states_take_documents_of_any_length(make_icae):

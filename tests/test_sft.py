@@ -531,6 +531,22 @@ def test_evaluation_reports_the_control_and_real_answers(make_trainer):
     assert logged["eval_response_loss"] != logged["eval_response_loss_other_text"]
 
 
+def test_evaluation_does_without_the_control_where_the_base_has_no_positions_for_it(make_icae, make_trainer):
+    """A long context with a short prompt and the other way round fit; the long context's slots with the long prompt
+    do not."""
+    rows = {"context": ["a long one " * 16, "short."], "prompt": ["Who?", "Tell me in many words " * 6]}
+    data = Dataset.from_dict(rows | {"response": ["x", "y"]})
+    trainer = make_trainer(
+        model=make_icae(base=make_base(max_position_embeddings=256)), data=data, per_device_eval_batch_size=2
+    )
+    trainer.evaluate()
+    logged = trainer.state.log_history[-1]
+    assert logged["eval_response_loss"] > 0 and "eval_response_loss_other_text" not in logged
+    trainer.model.language_model.config.max_position_embeddings = 512
+    trainer.evaluate()
+    assert "eval_response_loss_other_text" in trainer.state.log_history[-1]
+
+
 def test_evaluation_is_greedy_whatever_style_of_answers_the_base_asks_for(make_trainer):
     assert written_in_evaluation(make_trainer(), **STYLE) == written_in_evaluation(make_trainer())
 

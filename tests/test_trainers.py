@@ -5,6 +5,7 @@ import sys
 from itertools import groupby, pairwise
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -375,6 +376,23 @@ def test_train_samples_of_other_rows_are_drawn_one_by_one(tmp_path):
     assert len(sizes_of_groups(drawn(file, rows, 1), "context")) == 7
     samples = [{"context_ids": [n], "prompt_ids": [[n]]} for n in range(60)]
     assert len(drawn(file, samples, 1)) == 20
+
+
+def test_streamed_samples_of_one_document_do_not_train_together(command_line, monkeypatch):
+    from icae.cli import main
+
+    for letter in "ab":
+        Dataset.from_dict({"text": [letter * 200] * 5}).to_parquet(command_line / f"{letter}.parquet")
+    batches = []
+    monkeypatch.setattr(
+        "icae.trainers.pretrain.run", lambda trainer, *_: batches.extend(trainer.get_train_dataloader())
+    )
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.01)  # at each end of a tiny file
+    files = ["--train_files", *(str(command_line / f"{letter}.parquet") for letter in "ab")]
+    options = ["--streaming", "true", "--per_device_train_batch_size", "4"]
+    assert main(["pretrain", "--config", str(command_line / "config.yaml"), *files, *options]) == 0
+    mixed = [len(set(batch["context_ids"][:, 0].tolist())) == 2 for batch in batches]
+    assert len(mixed) > 4 and sum(mixed) > len(mixed) / 2
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -26,7 +26,10 @@ ARCHITECTURE = (
 )
 AVERAGE = "average of checkpoints"  # what a card calls the weights of a mean, with the last stage's settings
 # Of a run, not of its weights, so not of the mean.
-OF_A_RUN = ("checkpoint-*", "run.json", "trainer_state.json", "training_args.bin")
+OF_A_RUN = (
+    *("checkpoint-*", "run.json", "trainer_state.json", "training_args.bin"),
+    *("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth"),
+)
 
 
 def average(checkpoints: list[Path], output: Path, weights: list[float] | None = None) -> None:
@@ -78,11 +81,13 @@ def average(checkpoints: list[Path], output: Path, weights: list[float] | None =
         save_file(mean, output / file, metadata={"format": "pt"})
     facts = CardFacts.load(last)
     facts.stages = _stages_of_all([CardFacts.load(folder).stages for folder in checkpoints])
+    facts.reconstruction = facts.answers = None  # what was measured of the last one is not of the mean
     if facts.stages:
+        facts.stages[-1].evaluation = {}
         settings = facts.stages[-1].settings
         said = " : ".join(f"{weight:.2g}" for weight in weights)
         settings[AVERAGE] = f"{settings[AVERAGE]}, then {said}" if AVERAGE in settings else said
-        facts.save(output)
+    facts.save(output)
 
 
 def _stages_of_all(own: list[list[TrainingStage]]) -> list[TrainingStage]:
@@ -91,7 +96,8 @@ def _stages_of_all(own: list[list[TrainingStage]]) -> list[TrainingStage]:
     seen = []
     for stage in chain(*own):
         # A run that other runs went on from, and the same run as the last of a mean, are one stage.
-        run = replace(stage, settings={name: value for name, value in stage.settings.items() if name != AVERAGE})
+        settings = {name: value for name, value in stage.settings.items() if name != AVERAGE}
+        run = replace(stage, settings=settings, evaluation={})
         if run not in seen:
             seen.append(run)
             stages.append(stage)

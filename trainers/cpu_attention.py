@@ -21,6 +21,7 @@ def grouped_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
@@ -36,7 +37,12 @@ def grouped_attention(
         scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None:
         scores = scores + attention_mask[:, :, None]
-    weights = F.dropout(scores.softmax(dim=-1), dropout, module.training)
+    if s_aux is not None:  # gpt-oss: each head can also look at nothing
+        nothing = s_aux.view(groups, -1, 1, 1).expand(rows, -1, -1, length, 1)
+        weights = torch.cat([scores, nothing], dim=-1).softmax(dim=-1)[..., :-1]
+    else:
+        weights = scores.softmax(dim=-1)
+    weights = F.dropout(weights, dropout, module.training)
     output = weights.view(rows, groups, -1, width) @ value  # (B, G, H / G * T, D)
     output = output.view(rows, heads, length, size).transpose(1, 2).contiguous()
     return output, weights.view(rows, heads, length, width)

@@ -33,7 +33,7 @@ from icae.model_cards import DataSource, write_card
 from icae.model_cards.callback import CardCallback
 from icae.model_cards.card import PAPER, TAGS
 from icae.model_cards.facts import is_hub_id
-from icae.modeling_icae import ICAEForConditionalGeneration, ICAEOutput
+from icae.modeling_icae import ICAEForConditionalGeneration, ICAEMemory, ICAEOutput
 
 from .training_config import ICAETrainingConfig
 
@@ -155,7 +155,7 @@ class ICAETrainer(SFTTrainer):
         Raises a `ValueError`, before hours of training, if the base has not enough positions to write the longest
         context out and to go on behind it. (Streamed ones are seen when they come.)
         """
-        positions = getattr(model.config.text_config, "max_position_embeddings", None)
+        positions = model.config.num_positions
         if positions is None or not isinstance(dataset, Dataset) or "length" not in dataset.column_names:
             return
         if _last_position(model.config, max(dataset["length"], default=0), args) < positions:
@@ -253,12 +253,21 @@ class ICAETrainer(SFTTrainer):
             metrics[f"{SHORT_NAMES[task]}_accuracy"].append(accuracy)
         for name, value in self._position_metrics(outputs).items():
             metrics[name].append(value)
-        if (other := _rows_of_other_texts(inputs["context_ids"], inputs["context_mask"])) is not None:
+        other = _rows_of_other_texts(inputs["context_ids"], inputs["context_mask"])
+        if other is not None and self._have_room(outputs.memory, outputs.token_masks):
             self._has_control = True
             outputs_other = model(**inputs, memory=outputs.memory[other], **self._weights(inputs))
             for task, loss in outputs_other.task_losses.items():
                 metrics[f"{SHORT_NAMES[task]}_loss_other_text"].append(loss.item())
         return outputs.loss, None, None
+
+    def _have_room(self, memory: ICAEMemory, texts: dict[str, torch.Tensor]) -> bool:
+        """Whether the base has positions for the longest text of each task behind the memory of any other row."""
+        positions = self.model.config.num_positions
+        return positions is None or all(
+            int(self.model._text_start(memory, task).max()) + mask.shape[1] <= positions
+            for task, mask in texts.items()
+        )
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 

@@ -23,6 +23,9 @@ def main(argv: list[str] | None = None) -> None:
     if trainer.eval_dataset is not None:
         # Shuffled, so that all sources are in the few samples, and that neighbours are of different texts.
         trainer.eval_dataset = trainer.eval_dataset.shuffle(seed=config.seed).take(script.eval_samples)
+    if script.streaming:
+        # Samples cut from one document stand together in sets of this kind.
+        trainer.train_dataset = trainer.train_dataset.shuffle(seed=config.seed, buffer_size=10_000)
     run(trainer, script, icae)
 
 

@@ -140,7 +140,7 @@ def prepare_sft_dataset(
     # Not the model itself in what follows: `datasets` pickles what a function refers to. Nor functions in functions:
     # they cannot be pickled for spawned workers that read a stream.
     tokenizer, config = model.tokenizer, model.config
-    positions = getattr(config.text_config, "max_position_embeddings", None)
+    positions = config.num_positions
     mixed_in = pretraining_share / (1 - pretraining_share)  # samples per sample with prompts
     encode = partial(
         _encode_row,

@@ -155,7 +155,7 @@ class ICAESFTTrainer(ICAETrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if self.args.pretraining_share:
             lengths = inputs["context_mask"].sum(dim=1)
-            positions = getattr(self.model.config.text_config, "max_position_embeddings", None)
+            positions = self.model.config.num_positions
             # In a sequential layout the context stands there three times: read, as slots, and written.
             inputs["autoencoding_rows"] = lengths > 0 if positions is None else 3 * lengths < positions
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
