@@ -114,7 +114,7 @@ class ICAEPreTrainedModel(PreTrainedModel):
             if type(layer) is LoraLinear:  # quantised layers have forward methods of their own
                 layer.forward = partial(_lora_forward, layer)
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._hub_kwargs: dict[str, Any] = {}  # of `from_pretrained`, for the tokenizer, which is loaded later
+        self._hub_kwargs: dict[str, Any] = {}  # for the tokenizer, which is loaded later
         self._fingerprint: tuple[Any, str] | None = None
         self.eval()
 
@@ -175,6 +175,7 @@ class ICAEPreTrainedModel(PreTrainedModel):
         model = cls(config, base_model=base)
         model._check_logits()
         model._tokenizer = tokenizer
+        model._hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs and key != "revision"}
         model._make_trainable(True)
         return model
 
@@ -296,7 +297,7 @@ class ICAEPreTrainedModel(PreTrainedModel):
             is_main_process (`bool`, *optional*, defaults to `True`):
                 Only the main process writes.
             state_dict (`dict[str, torch.Tensor]`, *optional*):
-                Weights to save instead of the model's own, as FSDP and DeepSpeed gather them.
+                Weights to save instead of the model's own, as DeepSpeed gathers them.
             dtype (`torch.dtype`, *optional*):
                 Stores the tensors in this dtype, for example `torch.bfloat16` for publishing.
             with_code (`bool`, *optional*, defaults to `True`):
@@ -311,7 +312,7 @@ class ICAEPreTrainedModel(PreTrainedModel):
         (folder / ADAPTER_FOLDER).mkdir(parents=True, exist_ok=True)
 
         config = copy.deepcopy(self.config)
-        config.architectures = [type(self).__name__.removeprefix("FSDP")]
+        config.architectures = [type(self).__name__]
         config.text_config.__dict__.pop("quantization_config", None)
         config.text_config._name_or_path = ""  # a path of this machine; `base_model_name_or_path` names the base
         for name in ("auto_map", "custom_pipelines"):
@@ -322,7 +323,8 @@ class ICAEPreTrainedModel(PreTrainedModel):
                 if file.parent != folder.resolve():
                     shutil.copyfile(file, folder / file.name)
         config.save_pretrained(folder)
-        self.generation_config.save_pretrained(folder)
+        # Not `save_pretrained`, which refuses what the configurations of some bases hold (Vicuna's).
+        self.generation_config.to_json_file(folder / "generation_config.json")
 
         def packed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             return {key: value.detach().to(device="cpu", dtype=dtype).contiguous() for key, value in tensors.items()}

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from icae import ICAEForConditionalGeneration
 from icae.cli import main
 from icae.hub_upload.layout import ADAPTER_WEIGHTS
+from icae.model_cards import write_card
 from icae.model_cards.facts import CARD_FACTS, CardFacts, Evaluation, TrainingStage
 from icae.modeling_icae.pretrained_icae import SLOTS_FILE
 from tiny import make_base
@@ -77,9 +78,12 @@ def test_what_was_measured_of_the_last_checkpoint_is_not_said_of_the_mean(start_
     measured = Evaluation(rows={"icae": {"f1": 0.987}}, context_tokens=5, command="icae evaluate", date="2026-01-01")
     stages = [replace(facts.stages[0], evaluation={"loss": 0.987})]
     replace(facts, stages=stages, answers=measured, reconstruction=measured).save(tmp_path / "end")
+    write_card(tmp_path / "end")
     assert main(["average", *start_and_end, "--output", str(tmp_path / "mean")]) == 0
-    assert "0.987" in (tmp_path / "end" / CARD_FACTS).read_text()
-    assert "0.987" not in (tmp_path / "mean" / CARD_FACTS).read_text()
+    for file in (CARD_FACTS, "README.md"):
+        assert "0.987" in (tmp_path / "end" / file).read_text()
+        assert "0.987" not in (tmp_path / "mean" / file).read_text()
+    assert "average of checkpoints" in (tmp_path / "mean" / "README.md").read_text()
     # and the run, of which another mean says what was measured, is still one stage
     assert main(["average", *start_and_end, str(tmp_path / "mean"), "--output", str(tmp_path / "again")]) == 0
     assert len(CardFacts.load(tmp_path / "again").stages) == 1

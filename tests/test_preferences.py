@@ -264,7 +264,7 @@ def test_preferences_where_the_model_cannot_be_run_before_training_are_refused(m
         trainer.is_deepspeed_enabled = True
 
     monkeypatch.setattr(ICAETrainer, "__init__", make_under_deepspeed)
-    with pytest.raises(ValueError, match="Expected a `preference_weight` of 0 under FSDP and DeepSpeed"):
+    with pytest.raises(ValueError, match="Expected a `preference_weight` of 0 under DeepSpeed"):
         make_trainer()
 
 

@@ -7,7 +7,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from icae.cli import main
-from icae.trainers.write_quotations import quotations
+from icae.trainers.write_quotations import SENTENCE, quotations
 
 
 CONTEXT = (
@@ -41,6 +41,17 @@ def test_all_of_a_context_is_asked_for():
     asked = " ".join(response for _, response in pairs(CONTEXT, 300))
     assert {*CONTEXT.split()[8:]} <= {*asked.split()}
     assert any(response.endswith("each spring.") for _, response in pairs(CONTEXT))
+
+
+def test_sentences_are_whole():
+    numbers = "The bridge, of which nobody was proud, had cost the town about 3.5 million dollars in all by then. "
+    long = "A sentence of very many words " + "and of still more neighbouring words " * 8 + "ends here. "
+    broken = "The last line of a column that goes on in\nthe next one, where the sentence about the lake has its end. "
+    assert set(SENTENCE.findall(CONTEXT + " " + numbers + long + broken + CONTEXT)) == {
+        "The keeper of the lighthouse counted every passing vessel from his window.",
+        "Nobody in the village remembered when this custom had begun.",
+        "His daughter wrote the numbers into a heavy leather notebook, and sent it to the harbour office each spring.",
+    }
 
 
 def test_a_place_that_is_not_the_only_one_is_not_asked_for():

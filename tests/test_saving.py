@@ -5,7 +5,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from icae import ICAEConfig, ICAEForConditionalGeneration
 from tiny import make_base
@@ -266,6 +266,27 @@ def test_the_base_is_not_written_to(saved, base_folder):
 def test_only_the_main_process_writes(saved, tmp_path):
     saved[0].save_pretrained(tmp_path / "other", is_main_process=False)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_base_whose_generation_config_asks_for_a_style_of_sampling_without_sampling_is_saved(base_folder, tmp_path):
+    """Vicuna's does; transformers loads such a file and writes it again, but only as long as nothing was changed."""
+    file = base_folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.9, "top_p": 0.6}))
+    model = ICAEForConditionalGeneration.from_base(str(base_folder), ICAEConfig(span_length=16))
+    model.save_pretrained(tmp_path / "icae")
+    loaded = ICAEForConditionalGeneration.from_pretrained(tmp_path / "icae")
+    assert loaded.generation_config.temperature == 0.9 and loaded.fingerprint == model.fingerprint
+
+
+def test_the_tokenizer_of_a_base_is_looked_for_where_and_as_the_base_was(base_folder, monkeypatch):
+    found, load = [], AutoTokenizer.from_pretrained
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **given: found.append(given) or load(name))
+    given = {"token": "hf_tester", "cache_dir": str(base_folder), "local_files_only": True}
+    model = ICAEForConditionalGeneration.from_base(
+        str(base_folder), ICAEConfig(span_length=16), revision="v1", **given
+    )
+    assert model.tokenizer("a")["input_ids"]
+    assert found == [given | {"revision": "v1"}]
 
 
 def test_the_generation_config_is_saved(saved, tmp_path):

@@ -68,6 +68,23 @@ def make_trainer(make_icae, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ data
 
 
+def test_samples_that_other_code_made_are_not_taken_from_the_cache(make_icae, tmp_path, monkeypatch):
+    TRIPLES.to_parquet(tmp_path / "triples.parquet")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    model, triples = make_icae(), Dataset.from_parquet(str(tmp_path / "triples.parquet"), cache_dir=str(tmp_path))
+
+    def made() -> list[str]:
+        documents = triples.rename_column("context", "text")
+        prepared = prepare_sft_dataset(triples, model, pretraining_share=0.5, documents=documents)
+        return [file["filename"] for file in prepared.cache_files]
+
+    before = made()
+    assert len(before) > 1 and made() == before
+    monkeypatch.setattr("icae.trainers.sft_data.code_digest", lambda: "other")
+    monkeypatch.setattr("icae.trainers.pretraining_data.code_digest", lambda: "other")
+    assert not set(made()) & set(before)
+
+
 def test_a_sample_holds_the_context_as_text_the_prompt_in_its_template_and_the_response_with_its_end(make_icae):
     model = make_icae()
     sample = prepare_sft_dataset(TRIPLES, model)[0]
@@ -967,14 +984,21 @@ def test_the_preset_is_understood(tmp_path, preset, steps):
     assert config.pretraining_share > 0 and config.max_steps == steps
 
 
-def test_icae_sft_stops_when_validation_gets_no_better(config_file):
+def test_icae_sft_stops_when_validation_gets_no_better(config_file, capsys):
     from icae.cli import main
 
-    options = ["--early_stopping_patience", "1", "--load_best_model_at_end", "true", "--learning_rate", "0"]
-    options += ["--metric_for_best_model", "response_loss", "--greater_is_better", "false"]
-    assert main(["sft", "--config", str(config_file), *options]) == 0
-    state = json.loads((config_file.parent / "run" / "trainer_state.json").read_text())
-    assert state["global_step"] == 2  # nothing was learnt after the first
+    def steps(*more: str) -> int:
+        options = ["--load_best_model_at_end", "true", "--learning_rate", "0", "--resume", "true", *more]
+        options += ["--metric_for_best_model", "response_loss", "--greater_is_better", "false"]
+        assert main(["sft", "--config", str(config_file), *options]) == 0
+        return json.loads((config_file.parent / "run" / "trainer_state.json").read_text())["global_step"]
+
+    patience = ["--early_stopping_patience", "2"]
+    assert steps(*patience, "--max_steps", "2") == 2
+    assert steps(*patience) == 3  # nothing was learnt after the first, which the resumed run remembers
+    assert "is complete" not in capsys.readouterr().out
+    assert steps(*patience) == 3
+    assert "is complete: 3 steps" in capsys.readouterr().out
 
 
 @pytest.mark.slow

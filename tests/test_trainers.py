@@ -12,7 +12,7 @@ import yaml
 from datasets import Dataset
 from peft import LoraConfig
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
 from icae import ICAEForConditionalGeneration
 from icae.trainers import ICAEPretrainingConfig, ICAEPretrainingTrainer
@@ -96,6 +96,18 @@ def test_a_streamed_data_set_trains_and_resumes_exactly(make_icae, tmp_path):
         return losses(trainer)
 
     assert run("resumed", run("unbroken") and str(tmp_path / "unbroken" / "checkpoint-3")) == run("again")
+
+
+def test_fsdp_which_sees_no_gradient_that_comes_through_the_cache_is_refused(make_trainer, monkeypatch):
+    made = SFTTrainer.__init__
+
+    def make_under_fsdp(trainer, *args, **kwargs):
+        made(trainer, *args, **kwargs)
+        trainer.is_fsdp_enabled = True
+
+    monkeypatch.setattr(SFTTrainer, "__init__", make_under_fsdp)
+    with pytest.raises(ValueError, match="Expected DDP or DeepSpeed ZeRO-2 with several processes, got FSDP"):
+        make_trainer()
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 401])
@@ -312,6 +324,19 @@ def test_another_architecture_than_that_of_the_checkpoint_to_go_on_from_is_an_er
     assert main([*further, "--lora_r", "2", "--span_length", "32"]) == 2
     message = f"Expected the architecture of '{command_line / 'run'}', {{'span_length': 16, 'lora_r': 4}}, got "
     assert message + "{'span_length': 32, 'lora_r': 2}; leave that out" in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_while_it_wrote_a_checkpoint_goes_on_from_the_one_before(command_line):
+    from icae.cli import main
+
+    config = ["pretrain", "--config", str(command_line / "config.yaml"), "--eval_strategy", "no"]
+    assert main([*config, "--max_steps", "2"]) == 0
+    unfinished = command_line / "run" / "checkpoint-3"
+    (unfinished / "adapter").mkdir(parents=True)
+    (command_line / "run" / "checkpoint-best").mkdir()
+    assert main([*config, "--resume", "true"]) == 0
+    history = json.loads((command_line / "run" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4]
 
 
 def test_a_complete_run_stays_as_it_is(command_line, capsys):

@@ -67,13 +67,14 @@ class ICAETrainer(SFTTrainer):
     Raises:
         `TypeError`: if the model is a name, or `args` are another trainer's or none.
         `ValueError`: if the model is frozen, a `peft_config` or several sets to evaluate on are given, one process has
-            several GPUs, or the base has too few positions for a context of the training data.
+            several GPUs, processes share the model by FSDP, or the base has too few positions for a context of the
+            training data.
 
     `trainer.card` ([`CardCallback`]) keeps what the model card states; licence, language and data can be set there.
 
     With `push_to_hub=True`, each checkpoint that is pushed is first loaded by another process, as
     [`~icae.hub_upload.verify`] says: training waits for that, and the base is in memory once more, on the CPU. Under
-    FSDP and DeepSpeed, where one process alone cannot run the model, pushes are checked but not verified.
+    DeepSpeed, where one process alone cannot run the model, pushes are checked but not verified.
     """
 
     _tag_names = TAGS
@@ -131,6 +132,13 @@ class ICAETrainer(SFTTrainer):
             callbacks=[*(callbacks or []), _GradientNorms(self), _BestCheckpoint(), self.card],
             optimizers=optimizers,
         )
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "Expected DDP or DeepSpeed ZeRO-2 with several processes, got FSDP: it gathers a layer's weights when "
+                "the gradient of its output comes, and those of slots come through the cache. With `accelerate launch "
+                "--multi_gpu` each process has the frozen base; load a large one in 4 bits (`quantization_config` of "
+                "`from_base`)."
+            )
         # SFTTrainer replaces `forward` by one that knows only plain language models; the class's own comes back.
         self.model.__dict__.pop("forward", None)
 
@@ -404,7 +412,7 @@ class ICAETrainer(SFTTrainer):
         """Puts a checkpoint into the layout of the Hub, checks and verifies it."""
         assemble(checkpoint, folder, tokenizer=self.model.tokenizer, repo_id=self.hub_model_id, branch=branch)
         check(folder)
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # there, one process alone cannot run the model
+        if not self.is_deepspeed_enabled:  # there, one process alone cannot run the model
             verify(folder, self.model, base=base)
 
     def _upload(self, bundle: tempfile.TemporaryDirectory, **kwargs) -> Future:
@@ -532,6 +540,7 @@ class _GradientNorms(TrainerCallback):
 
 
 def last_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint in a training folder."""
-    found = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    return str(found[-1]) if found else None
+    """The newest whole checkpoint in a training folder: its `trainer_state.json` is written last."""
+    states = Path(output_dir).glob("checkpoint-*/trainer_state.json")
+    found = {int(number): state.parent for state in states if (number := state.parent.name.split("-", 1)[1]).isdigit()}
+    return str(found[max(found)]) if found else None

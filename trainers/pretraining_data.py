@@ -6,10 +6,12 @@ that follow it, and every token is in exactly one context. The cuts depend on th
 data set only — not on processes or what was read before. (Of a streamed data set it is the place in a worker's part.)
 """
 
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -18,6 +20,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from icae.modeling_icae import chat_icae
 from icae.modeling_icae.chat_icae import encode_plain
 
 
@@ -110,6 +113,7 @@ def prepare_pretraining_dataset(
         shuffled_share=shuffled_share,
         continuation_length=continuation_length,
         seed=seed,
+        code=code_digest(),
         cut=partial(cut_document, span_length=span_length, max_spans=max_spans, short_share=short_share),
     )
     how = {"batched": True, "with_indices": True, "batch_size": 64, "remove_columns": columns, "features": FEATURES}
@@ -125,9 +129,10 @@ def _cut_batch(
     shuffled_share: float,
     continuation_length: int,
     seed: int,
+    code: str,
     cut: Callable[..., list[tuple[list[int], list[int]]]],
 ) -> dict[str, list]:
-    """Contexts and continuations of documents, some with their words shuffled."""
+    """Contexts and continuations of documents, some with their words shuffled. `code` is the [`code_digest`]."""
     rngs = [np.random.default_rng([seed, index]) for index in indices]
     shuffled = [shuffled_share > 0 and rng.random() < shuffled_share for rng in rngs]
     texts = [
@@ -142,6 +147,17 @@ def _cut_batch(
         "continuation_ids": [continuation for _, continuation in samples],
         "length": [len(context) for context, _ in samples],
     }
+
+
+@cache
+def code_digest() -> str:
+    """
+    Digest of the code that makes samples. `datasets` keeps them by the names of functions and by what these are given:
+    without it, the samples of another version would come back.
+    """
+    names = ("pretraining_data.py", "sft_data.py")
+    files = [Path(chat_icae.__file__), *(Path(__file__).with_name(name) for name in names)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def processes(dataset: AnyDataset, num_proc: int | None) -> dict[str, int]:

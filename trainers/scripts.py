@@ -220,8 +220,8 @@ def run(trainer: ICAETrainer, script: ScriptArguments, icae: ICAEArguments) -> N
                 f"Expected a base in {begun}, with which the run in {output_dir!r} was begun, got {dtype}: it would "
                 f"not go on exactly. `auto` depends on the machine; set `--dtype {begun}`."
             )
-        if 0 < trainer.args.max_steps <= before.get("steps", 0):
-            # Transformers would train another step first, inside of an epoch.
+        if 0 < trainer.args.max_steps <= before.get("max_steps", before.get("steps", 0)):
+            # Transformers would train another step first, inside of an epoch, and more where a run was stopped early.
             trainer.accelerator.print(f"{output_dir} is complete: {before['steps']} steps")
             _end_training(trainer)
             return
@@ -231,7 +231,7 @@ def run(trainer: ICAETrainer, script: ScriptArguments, icae: ICAEArguments) -> N
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        write_record(file, record | {"steps": trainer.state.global_step})
+        write_record(file, record | {"steps": trainer.state.global_step, "max_steps": trainer.state.max_steps})
     _end_training(trainer)
 
 

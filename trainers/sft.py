@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     callbacks = []
     if script.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(script.early_stopping_patience))
+        config.restore_callback_states_from_checkpoint = True  # or a resumed run would be patient anew
     trainer = ICAESFTTrainer(model, config, train_dataset, eval_dataset, callbacks=callbacks, documents=documents)
     if script.streaming:
         # Samples of one kind stand together in sets of this kind.

@@ -26,6 +26,7 @@ from .pretraining_data import (
     FEATURES,
     IDS,
     AnyDataset,
+    code_digest,
     cut_document,
     pad_samples,
     prepare_pretraining_dataset,
@@ -147,6 +148,7 @@ def prepare_sft_dataset(
         tokenizer=tokenizer,
         end_token_ids=model.end_token_ids,
         vocab_size=config.text_config.vocab_size,
+        code=code_digest(),
     )
     fits = partial(
         _fits,
@@ -209,8 +211,9 @@ def _encode_row(
     tokenizer: PreTrainedTokenizerBase,
     end_token_ids: list[int],
     vocab_size: int,
+    code: str,
 ) -> dict[str, Any]:
-    """The token ids of one triple."""
+    """The token ids of one triple. `code` is the [`code_digest`]."""
     try:
         prompt, response = _prompt_and_response(row)
         contexts = encode_contexts(tokenizer, row["context"] or "")

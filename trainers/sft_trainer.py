@@ -55,9 +55,9 @@ class ICAESFTTrainer(ICAETrainer):
     def __init__(self, model, args, train_dataset, eval_dataset=None, *arguments, documents=None, **options):
         self._documents = documents
         super().__init__(model, args, train_dataset, eval_dataset, *arguments, **options)
-        if args.preference_weight and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if args.preference_weight and self.is_deepspeed_enabled:
             raise ValueError(
-                "Expected a `preference_weight` of 0 under FSDP and DeepSpeed, where the model cannot be run before "
+                "Expected a `preference_weight` of 0 under DeepSpeed, where the model cannot be run before "
                 f"training, got {args.preference_weight}; train it in one process or under DDP."
             )
 

@@ -26,7 +26,8 @@ KEY_WORDS = 3  # that name a sentence
 
 WORD = re.compile(r"\S+")
 KEY_WORD = re.compile(r"\w{5,}")
-SENTENCE = re.compile(r"[^\s.!?][^.!?\n]{40,240}[.!?]")
+# Whole ones: not from the middle of a word, of a number or of a line that goes on, nor up to a dot within.
+SENTENCE = re.compile(r"(?:^|(?<=[.!?]\s)|(?<=\n))(?![a-z])[^\s.!?][^.!?\n]{40,240}[.!?](?!\S)")
 
 COLUMNS = ("context", "prompt", "response")
 
