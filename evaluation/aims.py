@@ -9,6 +9,7 @@ optimistic. Which commit, date and dtype the measured files are of stands beside
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,22 @@ def measures(
     if by_source is not None:
         for aim, other in ((above_truncated, "truncated context"), (above_none, "no context")):
             if other in by_source["icae_minus"]:  # not where only some readers were compared
-                values[aim] = _share_above(by_source["icae_minus"][other]), None
+                values[aim] = _share_above(by_source["icae_minus"][other])
     return values
 
 
-def _share_above(sources: Record) -> float:
-    """The share of sources with better answers: by ROUGE-L where references are long, by token F1 elsewhere."""
-    return sum(found.get("rougeL", found["f1"]) > 0 for found in sources.values()) / len(sources)
+def _share_above(sources: Record) -> Measured:
+    """
+    The share of sources with better answers: by ROUGE-L where references are long, by token F1 elsewhere. The bounds
+    are the shares of those whose whole interval says so, and of those whose interval does not speak against it.
+    """
+    measure = {name: "rougeL" if "rougeL" in found else "f1" for name, found in sources.items()}
+    values = [found[measure[name]] for name, found in sources.items()]
+    unknown = [-math.inf, math.inf]  # of one row
+    intervals = [found.get(f"{measure[name]}_interval") or unknown for name, found in sources.items()]
+    lowest, highest = zip(*intervals, strict=True)
+    share, low, high = (sum(bound > 0 for bound in bounds) / len(sources) for bounds in (values, lowest, highest))
+    return share, [low, high]
 
 
 def reached(name: str, value: float) -> bool:

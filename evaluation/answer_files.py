@@ -14,10 +14,15 @@ def read_lines(path: Path) -> list[Line]:
     """The JSON lines of a file; none if there is no file yet. A last line cut short by an interruption is removed."""
     if not path.exists():
         return []
-    complete, _, cut_short = path.read_text().rpartition("\n")
-    if cut_short:
-        path.write_text(f"{complete}\n" if complete else "")
-    return [json.loads(line) for line in complete.splitlines()]
+    complete, _, last = path.read_text().rpartition("\n")
+    lines = [json.loads(line) for line in complete.splitlines()]
+    if last:
+        try:
+            lines.append(json.loads(last))
+        except json.JSONDecodeError:
+            last = ""
+        path.write_text("".join(f"{part}\n" for part in (complete, last) if part))
+    return lines
 
 
 def append_lines(path: Path, lines: Iterable[Line]) -> None:

@@ -47,7 +47,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import concatenate_datasets
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
@@ -68,6 +68,7 @@ from icae.evaluation.readers import (
 )
 from icae.evaluation.record import current_commit, write_record
 from icae.evaluation.third_party import KVPressReader, LLMLinguaReader, tool_version
+from icae.evaluation.triples import load_triples
 from icae.modeling_icae import ICAEForConditionalGeneration
 from icae.modeling_icae.chat_icae import encode_contexts
 
@@ -93,7 +94,9 @@ BySource = dict[str, list[float]]  # one number for each row
 
 def main(argv: list[str] | None = None) -> None:
     parser = evaluation_parser("evaluate answers", "Answers from slots beside answers from other things.")
-    parser.add_argument("--data", required=True, help="Parquet file: context, prompt, response, source")
+    parser.add_argument(
+        "--data", required=True, help="Parquet file: context, prompt, response, source, or PwC's columns"
+    )
     parser.add_argument("--tuned", help="PEFT adapter of the baseline tuned on full contexts")
     parser.add_argument("--llmlingua", metavar="PYTHON", help="interpreter of an environment with llmlingua")
     parser.add_argument("--kvpress", metavar="PYTHON", help="interpreter of an environment with kvpress")
@@ -198,7 +201,7 @@ def choose_rows(data: str, per_source: int, max_length: int, seed: int, model) -
     be, and others.
     """
     tokenizer = model.tokenizer
-    dataset: Dataset = load_dataset("parquet", data_files=data, split="train")
+    dataset = load_triples(data)
     dataset = dataset.add_column("row", list(range(len(dataset)))).shuffle(seed=seed)
     if "source" not in dataset.column_names:
         dataset = dataset.add_column("source", ["all"] * len(dataset))

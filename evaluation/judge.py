@@ -28,7 +28,6 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
-from datasets import load_dataset
 from tqdm.auto import tqdm
 
 from icae.evaluation.answer_files import AnswerFile, Line, append_lines, digest, read_lines
@@ -36,6 +35,7 @@ from icae.evaluation.arguments import command_line
 from icae.evaluation.chat_client import ChatClient, Message
 from icae.evaluation.measures import wilson_interval
 from icae.evaluation.record import write_record
+from icae.evaluation.triples import load_triples
 
 
 JUDGE_PROMPT = """\
@@ -202,7 +202,7 @@ def read_rows(data: str, ours: AnswerFile, max_rows: int | None) -> dict[int, Li
             f"Expected the data file that {str(ours.path)!r} answers (digest {ours.made_from['data']}), got {data!r} "
             f"(digest {found})."
         )
-    dataset = load_dataset("parquet", data_files=data, split="train")
+    dataset = load_triples(data, responses=False)
     numbers, rows = sorted(ours.rows), {}
     if max_rows is not None and max_rows < len(numbers):
         numbers = random.Random(0).sample(numbers, max_rows)
@@ -252,6 +252,11 @@ def main(argv: list[str] | None = None) -> None:
     for argument in arguments.against:
         name, _, path = argument.rpartition("=")
         file = AnswerFile(Path(path))
+        if (found := file.made_from.get("data")) != ours.made_from["data"]:
+            raise ValueError(
+                f"Expected in {path!r} answers to the data file that {str(ours.path)!r} answers (digest "
+                f"{ours.made_from['data']}), got answers to another (digest {found})."
+            )
         others[name or file.name] = file
     options = {"temperature": 0}
     if "max_new_tokens" in ours.made_from:

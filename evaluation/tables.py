@@ -440,10 +440,11 @@ def costs(record: Record) -> str:
     """What a training step costs, as ratios."""
     rows = [[name, f"{value:.2f}x"] for name, value in record["ratios"].items()]
     hardware = record["made_by"]["hardware"]
+    dtype = record["arguments"].get("dtype", "the base as it is stored")
     return f"""\
 **What training costs** (`icae bench train`, ratios within one run on {hardware["torch_threads"]} CPU threads,
-{record["memory_batch"]["rows"]} rows of {record["arguments"]["span_length"]} tokens a step; two copies: a plain loop
-with two copies of the base and all logits, one row at a time, as the official code trains):
+{dtype}, {record["memory_batch"]["rows"]} rows of {record["arguments"]["span_length"]} tokens a step;
+two copies: a plain loop with two copies of the base and all logits, one row at a time, as the official code trains):
 
 {table(("", ""), rows)}
 """

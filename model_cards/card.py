@@ -73,12 +73,14 @@ MEASURES = {
 }
 SIDE_BY_SIDE = 5  # stages, at most, that are shown in full, a column each
 CONTROLS = {
-    "full context": "the frozen base reads the whole context, which is the ceiling without any tuning",
+    "full context": "the frozen base reads the whole context, without any tuning to prompts like these",
     "full context, tuned": "the base with a LoRA of the same size, tuned on data of the same kind, reads the whole "
     "context",
     "truncated context": "the frozen base reads as many tokens from the start of the context as there are slots",
     "summary": "the frozen base reads a summary of that length, which it wrote itself",
     "retrieved sentences": "the frozen base reads as many tokens of the sentences that fit the prompt best (BM25)",
+    "LLMLingua": "the frozen base reads the context as LLMLingua-2 shortens it to that length",
+    "kvpress": "the frozen base has so many of its own keys and values, those that kvpress keeps",
     "no context": "the frozen base reads the prompt alone",
     "untrained slots": "an ICAE without any training",
 }

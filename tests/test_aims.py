@@ -136,7 +136,14 @@ def test_long_answers_of_a_source_are_better_by_rouge_l_and_short_ones_by_f1(wri
     record = write(reconstruction=reconstruction(0.1), answers_by_source=by_source)
     assert [row["value"] for row in record["aims"][-2:]] == [1.0, 0.5]
     assert [row["reached"] for row in record["aims"][-2:]] == [True, False]
-    assert "| at least 1.0 | – | 1.00 | yes |" in tables.aims(record)
+    assert "| at least 1.0 | – | 1.00 [0.00, 1.00] | yes, but not surely |" in tables.aims(record)
+    for source, interval in ((long, "rougeL_interval"), (short, "f1_interval")):
+        source[interval] = [0.01, 0.2]
+    assert "| at least 1.0 | – | 1.00 [1.00, 1.00] | yes |" in tables.aims(write(answers_by_source=by_source))
+    long["rougeL_interval"] = [-0.01, 0.2]
+    assert "| at least 1.0 | – | 1.00 [0.50, 1.00] | yes, but not surely |" in tables.aims(
+        write(answers_by_source=by_source)
+    )
     del by_source["icae_minus"]["truncated context"]
     assert [row["value"] for row in write(answers_by_source=by_source)["aims"][-2:]] == [None, 0.5]
 

@@ -52,6 +52,16 @@ def rows(saved, model):
     return choose_rows(str(saved / "data.parquet"), 2, 200, 0, model)[0]
 
 
+def test_rows_may_have_the_columns_of_pwc(saved, model, rows, capsys):
+    file = str(saved / "pwc.parquet")
+    TRIPLES.rename_columns({"context": "input", "response": "answer"}).to_parquet(file)
+    assert choose_rows(file, 2, 200, 0, model)[0] == rows
+    TRIPLES.rename_columns({"context": "text"}).to_parquet(file)
+    options = ["--model", str(saved / "icae"), "--dtype", "float32", "--output", str(saved / "out.json")]
+    assert main(["evaluate", "answers", "--data", file, *options]) == 2
+    assert "Expected the columns `context`, `prompt` and `response`, or" in capsys.readouterr().err
+
+
 # -------------------------------------------------------------------------------------------------------- comparators
 
 
@@ -126,6 +136,18 @@ def test_a_repetition_penalty_is_of_what_the_answer_has_said_and_not_of_prompt_o
 
 
 # ----------------------------------------------------------------------------------------------------------- resuming
+
+
+def test_the_last_of_lines_is_kept_if_it_is_whole_and_removed_if_it_is_not(tmp_path):
+    path, lines = tmp_path / "answers.jsonl", [{"reader": "mine"}, {"row": 1, "answer": "so"}]
+    written = "\n".join(json.dumps(line) for line in lines)
+    for text in (written, written + '\n{"row": 2, "ans', written + "\n"):
+        path.write_text(text)
+        assert read_lines(path) == lines
+        append_lines(path, [{"row": 3}])
+        assert read_lines(path) == [*lines, {"row": 3}]
+    path.write_text('{"reader": "m')
+    assert read_lines(path) == [] and path.read_text() == ""
 
 
 def command(saved, *more):

@@ -51,6 +51,18 @@ def test_standard_input_is_a_text(options, expected, monkeypatch, capsys):
     assert capsys.readouterr().out == expected + "\n"
 
 
+def test_texts_are_written_in_the_encoding_that_they_are_read_in(options, tmp_path, monkeypatch):
+    """Where output goes into a file, the locale may be one without these letters."""
+    for content in (TEXT.encode(), b"\xef\xbb\xbf" + TEXT.encode()):  # as some editors start files
+        (tmp_path / "text.txt").write_bytes(content)
+        written = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        monkeypatch.setattr(sys, "stdout", written)
+        monkeypatch.setattr(ICAEForConditionalGeneration, "reconstruct", lambda _, text: [f"é: {text}"])
+        assert main(["reconstruct", str(tmp_path / "text.txt"), *options]) == 0
+        written.flush()
+        assert written.buffer.getvalue().decode("utf-8").splitlines() == [f"é: {TEXT}"]
+
+
 def test_lines_end_the_same_wherever_a_text_is_from(options, expected, tmp_path, capsys):
     texts = [f"{TEXT}\n{TEXT}".encode(), f"{TEXT}\r\n{TEXT}".encode()]
     found = []

@@ -189,6 +189,9 @@ def test_other_rows_or_another_data_file_cannot_be_compared(files, capsys):
         assert judge(files, server) is None
         assert "got none to 1 of 5" in capsys.readouterr().err and not server.requests
         assert judge(files, server, "--max-rows", "4")["rows"] == 4  # drawn at random, not the first ones
+        (files / "others.jsonl").write_text("".join([json.dumps(json.loads(head) | {"data": "other"}) + "\n", *kept]))
+        assert judge(files, server, "--max-rows", "4", against=["others.jsonl"]) is None
+        assert "got answers to another (digest other)" in capsys.readouterr().err
         Dataset.from_dict({"context": ["other"], "prompt": ["?"]}).to_parquet(files / "data.parquet")
         assert judge(files, server) is None
         assert "Expected the data file that" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from icae.configuration_icae import ICAEConfig
+from icae.evaluation.triples import PWC_NAMES
 from icae.modeling_icae import ICAEForConditionalGeneration
 from icae.modeling_icae.chat_icae import encode_contexts, encode_prompt, encode_response
 
@@ -36,7 +37,6 @@ from .pretraining_data import (
 
 logger = logging.get_logger(__name__)
 
-PWC_NAMES = {"input": "context", "answer": "response"}  # `sggetao/PwC`
 SAMPLE_FEATURES = Features(
     {
         **FEATURES,

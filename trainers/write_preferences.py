@@ -22,12 +22,12 @@ from tqdm.auto import tqdm
 
 from icae.cli import add_dtype_argument, load_model
 from icae.evaluation.measures import overlap
+from icae.evaluation.triples import load_triples
 from icae.modeling_icae import GREEDY, ICAEForConditionalGeneration
 from icae.modeling_icae.chat_icae import encode_contexts, encode_response
 
 from .pretraining_data import IDS
 from .sft_data import positions_taken
-from .write_quotations import load_triples
 
 
 def answers(model: ICAEForConditionalGeneration, rows: list[dict[str, Any]], **sampling: Any) -> list[list[list[int]]]:

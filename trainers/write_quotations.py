@@ -14,9 +14,9 @@ from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 
-from .sft_data import PWC_NAMES
+from icae.evaluation.triples import load_triples
 
 
 QUOTED_WORDS = (4, 8)  # of a quotation in a prompt, at least and at most
@@ -28,8 +28,6 @@ WORD = re.compile(r"\S+")
 KEY_WORD = re.compile(r"\w{5,}")
 # Whole ones: not from the middle of a word, of a number or of a line that goes on, nor up to a dot within.
 SENTENCE = re.compile(r"(?:^|(?<=[.!?]\s)|(?<=\n))(?![a-z])[^\s.!?][^.!?\n]{40,240}[.!?](?!\S)")
-
-COLUMNS = ("context", "prompt", "response")
 
 
 def quotations(context: str, number: int, rng: np.random.Generator) -> Iterator[tuple[str, str]]:
@@ -65,27 +63,6 @@ def _parts(context: str, words: list[tuple[int, int]], sizes: list[int], rng: np
     edges = np.cumsum([rng.integers(len(words) - sum(sizes), endpoint=True), *sizes])
     parts = [context[words[first][0] : words[end - 1][1]] for first, end in pairwise(edges)]
     return parts if context.count(parts[0]) == 1 else []
-
-
-def load_triples(file: str, responses: bool = True) -> Dataset:
-    """
-    The rows of a Parquet file, with the columns `context`, `prompt` and, unless it can do without `responses`,
-    `response`.
-
-    Raises:
-        `ValueError`: if it has neither these columns nor PwC's.
-    """
-    dataset = load_dataset("parquet", data_files=file, split="train")
-    if "context" not in dataset.column_names:
-        dataset = dataset.rename_columns({old: new for old, new in PWC_NAMES.items() if old in dataset.column_names})
-    if not {*(COLUMNS if responses else COLUMNS[:2])} <= {*dataset.column_names}:
-        expected = (
-            "`context`, `prompt` and `response`, or `input`, `prompt` and `answer`"
-            if responses
-            else "`context` and `prompt`, or `input` and `prompt`"
-        )
-        raise ValueError(f"Expected the columns {expected}, got {dataset.column_names}.")
-    return dataset
 
 
 def main(argv: list[str] | None = None) -> None:

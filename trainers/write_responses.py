@@ -19,9 +19,8 @@ from datasets import Value
 from icae.cli import add_dtype_argument, load_model
 from icae.evaluation.measures import overlap
 from icae.evaluation.readers import TokenReader
+from icae.evaluation.triples import load_triples
 from icae.modeling_icae.chat_icae import encode_contexts
-
-from .write_quotations import load_triples
 
 
 def whole_sentences(text: str) -> str:

@@ -39,6 +39,8 @@ OWN_PARSERS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand. Returns 0, or 2 after an error that the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8")  # as files are read: a locale may lack letters
     for words, module in OWN_PARSERS.items():
         if tuple(argv[: len(words)]) == words:
             return _run(lambda: import_module(module).main(argv[len(words) :]))  # noqa: B023
@@ -154,7 +156,7 @@ def _read_text(name: str) -> str:
     try:
         # Not as `sys.stdin` reads it, which is in the locale's encoding.
         file = BytesIO(sys.stdin.buffer.read()) if name == "-" else open(name, "rb")
-        with TextIOWrapper(file, encoding="utf-8") as text:
+        with TextIOWrapper(file, encoding="utf-8-sig") as text:
             return text.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"Expected a text file in UTF-8, got {name!r} ({error}).") from error

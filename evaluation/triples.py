@@ -1,0 +1,28 @@
+"""Files of triples: a context, a prompt about it, and the response."""
+
+from datasets import Dataset, load_dataset
+
+
+COLUMNS = ("context", "prompt", "response")
+PWC_NAMES = {"input": "context", "answer": "response"}  # `sggetao/PwC`
+
+
+def load_triples(file: str, responses: bool = True) -> Dataset:
+    """
+    The rows of a Parquet file, with the columns `context`, `prompt` and, unless it can do without `responses`,
+    `response`.
+
+    Raises:
+        `ValueError`: if it has neither these columns nor PwC's.
+    """
+    dataset = load_dataset("parquet", data_files=file, split="train")
+    if "context" not in dataset.column_names:
+        dataset = dataset.rename_columns({old: new for old, new in PWC_NAMES.items() if old in dataset.column_names})
+    if not {*(COLUMNS if responses else COLUMNS[:2])} <= {*dataset.column_names}:
+        expected = (
+            "`context`, `prompt` and `response`, or `input`, `prompt` and `answer`"
+            if responses
+            else "`context` and `prompt`, or `input` and `prompt`"
+        )
+        raise ValueError(f"Expected the columns {expected}, got {dataset.column_names}.")
+    return dataset
