@@ -374,8 +374,9 @@ of {record["length"]} tokens, and its answers to all prompts ([aims.json](result
 
 {table(["", "aim", "after the first pretraining run", "now", "reached"], rows)}
 
-Intervals hold 95%. Answers are better by ROUGE-L where the references of a source have {SHORT_ANSWERS} words or more
-on average, by token F1 elsewhere.
+Intervals hold 95%; those of shares count the sources whose own interval is above 0, and those where some
+of it is. Answers are better by ROUGE-L where the references of a source have {SHORT_ANSWERS} words or more on average,
+by token F1 elsewhere.
 {slopes}"""
 
 
