@@ -18,7 +18,7 @@ from icae.trainers import DataCollatorForICAESFT, ICAESFTConfig, ICAESFTTrainer,
 from icae.trainers.icae_trainer import ICAETrainer
 from icae.trainers.sft_trainer import _margins
 from icae.trainers.write_preferences import answers, better_and_worse
-from tiny import SHORT_RUN, VOCABULARY, make_base
+from tiny import SHORT_RUN, VOCABULARY, made_under, make_base
 
 
 CONTEXTS = [
@@ -257,13 +257,7 @@ def test_streamed_preferences_are_refused(make_trainer):
 
 
 def test_preferences_where_the_model_cannot_be_run_before_training_are_refused(make_trainer, monkeypatch):
-    made = ICAETrainer.__init__
-
-    def make_under_deepspeed(trainer, *args, **kwargs):
-        made(trainer, *args, **kwargs)
-        trainer.is_deepspeed_enabled = True
-
-    monkeypatch.setattr(ICAETrainer, "__init__", make_under_deepspeed)
+    made_under(monkeypatch, ICAETrainer, "is_deepspeed_enabled")
     with pytest.raises(ValueError, match="Expected a `preference_weight` of 0 under DeepSpeed"):
         make_trainer()
 

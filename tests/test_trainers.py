@@ -18,7 +18,7 @@ from icae import ICAEForConditionalGeneration
 from icae.trainers import ICAEPretrainingConfig, ICAEPretrainingTrainer
 from icae.trainers.icae_trainer import _rows_of_other_texts
 from icae.trainers.scripts import ICAEArguments, ScriptArguments, load_data
-from tiny import SHORT_RUN, STYLE, make_base, written_in_evaluation
+from tiny import SHORT_RUN, STYLE, made_under, make_base, written_in_evaluation
 
 
 SENTENCES = [
@@ -99,13 +99,7 @@ def test_a_streamed_data_set_trains_and_resumes_exactly(make_icae, tmp_path):
 
 
 def test_fsdp_which_sees_no_gradient_that_comes_through_the_cache_is_refused(make_trainer, monkeypatch):
-    made = SFTTrainer.__init__
-
-    def make_under_fsdp(trainer, *args, **kwargs):
-        made(trainer, *args, **kwargs)
-        trainer.is_fsdp_enabled = True
-
-    monkeypatch.setattr(SFTTrainer, "__init__", make_under_fsdp)
+    made_under(monkeypatch, SFTTrainer, "is_fsdp_enabled")
     with pytest.raises(ValueError, match="Expected DDP or DeepSpeed ZeRO-2 with several processes, got FSDP"):
         make_trainer()
 

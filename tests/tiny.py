@@ -59,6 +59,17 @@ SHORT_RUN = {
 STYLE = {"do_sample": True, "temperature": 9.0, "repetition_penalty": 9.0}
 
 
+def made_under(monkeypatch, trainer_class, flag):
+    """Trainers of this class are made as if `accelerate launch` had set one of their flags."""
+    made = trainer_class.__init__
+
+    def make(trainer, *args, **kwargs):
+        made(trainer, *args, **kwargs)
+        setattr(trainer, flag, True)
+
+    monkeypatch.setattr(trainer_class, "__init__", make)
+
+
 def written_in_evaluation(trainer, **style):
     """The token ids that a trainer's evaluation writes first, from a model with a style of answers."""
     found, generate = [], trainer.model.generate
