@@ -106,7 +106,8 @@ class ICAEConfig(PreTrainedConfig):
         self.lora_r = lora_r
         self.lora_alpha = lora_alpha
         self.lora_dropout = lora_dropout
-        self.lora_target_modules = lora_target_modules
+        by_name = isinstance(lora_target_modules, str)  # a pattern; of a list, the order says nothing
+        self.lora_target_modules = lora_target_modules if by_name else sorted(lora_target_modules or [])
         self._check()
         super().__init__(**kwargs)
 

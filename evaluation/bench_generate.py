@@ -125,8 +125,9 @@ def cache_bytes(generate: Callable[..., Any]) -> int:
 def measure(base, models: dict[str, ICAEForConditionalGeneration], batch: int, length: int, arguments) -> dict:
     """All variants at one batch size and context length."""
     context = random_ids(base, batch, length, arguments.seed)
-    full = FullContext(base, next(iter(models.values())), context)
-    limit, needed = base.config.max_position_embeddings, full.ids.shape[1] + arguments.new_tokens
+    model = next(iter(models.values()))
+    full = FullContext(base, model, context)
+    limit, needed = model._num_positions, full.ids.shape[1] + arguments.new_tokens
     if needed > limit:
         raise ValueError(
             f"Expected `--contexts` of at most {length + limit - needed} tokens, which with prompt and answer is what "

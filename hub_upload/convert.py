@@ -69,7 +69,7 @@ def convert(
         span_length=TOKENS_PER_SLOT * slots,
         num_memory_slots=slots,
         lora_r=min(len(matrix) for name, matrix in adapter.items() if ".lora_A." in name),
-        lora_target_modules=sorted({name.split(".")[-3] for name in adapter}),
+        lora_target_modules=list({name.split(".")[-3] for name in adapter}),
     )
     options = {"dtype": torch.bfloat16} if isinstance(base, str) else {}  # not float16, as Llama 2 is stored
     model = ICAEForConditionalGeneration.from_base(base, config, **options)

@@ -25,6 +25,11 @@ def test_the_paper_preset_has_the_paper_s_values():
     assert set(config.decoder_layout.values()) == {"sequential"}
 
 
+def test_the_order_of_the_adapted_modules_says_nothing():
+    names = ["v_proj", "q_proj"]
+    assert ICAEConfig(lora_target_modules=names).to_dict() == ICAEConfig(lora_target_modules=names[::-1]).to_dict()
+
+
 def test_a_configuration_survives_saving(tmp_path):
     layouts = {"autoencoding": "uniform", "continuation": "uniform", "instruction": "sequential"}
     config = ICAEConfig(text_config=make_base().config.to_dict(), decoder_layout=layouts, span_length=32)
