@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import (
 )
 
 from icae.configuration_icae import ICAEConfig
-from icae.model_cards import CARD_FACTS, CardFacts, is_generated, model_card
+from icae.model_cards import CARD_FACTS, CardFacts, is_changed, model_card
 from icae.modeling_icae import ICAEForConditionalGeneration
 from icae.modeling_icae.pretrained_icae import ADAPTER_FOLDER, AUTO_MAP, CUSTOM_PIPELINES, SLOTS_FILE
 
@@ -69,6 +69,14 @@ STALE = (TOKENIZER - {"*.tiktoken"}) | {
     "rng_state*.pth",
     TRAINER_STATE,
     "training_args.bin",
+}
+# A repository that holds one of these is some model's.
+OF_MODELS = {
+    "adapter_config.json",
+    "adapter_model.*",
+    "model*.safetensors",
+    "model_index.json",
+    "pytorch_model*.bin",
 }
 
 
@@ -176,7 +184,7 @@ def assemble(
         facts.name = facts.name or checkpoint.resolve().name
     facts.save(folder)
     card = checkpoint / "README.md"
-    if card.is_file() and not is_generated(card.read_text(encoding="utf-8")):
+    if is_changed(card):
         shutil.copyfile(card, folder / "README.md")
     else:
         (folder / "README.md").write_text(model_card(folder), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,15 +10,20 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelInfo
 from huggingface_hub.errors import RevisionNotFoundError
+from transformers.utils import logging
 
-from icae.model_cards import CardFacts
+from icae.model_cards import CardFacts, is_changed, is_generated
 from icae.modeling_icae import ICAEForConditionalGeneration
 
 from .checks import check
-from .layout import STALE, assemble, files_of, matches
+from .layout import OF_MODELS, STALE, assemble, files_of, matches
 from .verification import verify
+
+
+logger = logging.get_logger(__name__)
+CARD = "README.md"
 
 
 @contextmanager
@@ -96,6 +102,8 @@ def push_model(
         facts = CardFacts() if changed else CardFacts.of(model)
         tags = [tags] if isinstance(tags, str) else tags
         replace(facts, tags=tags or facts.tags).save(checkpoint)
+        if not changed and is_changed(card := Path(model.name_or_path, CARD)):
+            shutil.copyfile(card, Path(checkpoint, CARD))
         return push(checkpoint, repo_id, model=model, **kwargs)
 
 
@@ -113,7 +121,8 @@ def upload(
 ) -> CommitInfo:
     """
     Uploads a folder in one commit, which also deletes what an earlier layout left behind: whatever happens, the
-    repository is the old version or the new one. Files of the user's own are not touched.
+    repository is the old version or the new one. Files of the user's own are not touched, nor is a card there that
+    somebody wrote or changed, unless the folder's is such a one as well.
 
     Args:
         folder (`str` or `Path`):
@@ -147,6 +156,13 @@ def upload(
         files |= {f"{path}/{name}": file for name, file in files_of(subfolder).items()}
     replaced = tuple(f"{path}/" for path in subfolders or ())
     there = {sibling.rfilename for sibling in info.siblings or ()}
+    if CARD in there & set(files) and is_generated(files[CARD].read_text(encoding="utf-8")):
+        card = _content(api, info, CARD)
+        if _has_text(card) and not is_generated(card):
+            logger.warning(
+                f"The card of {info.id} stays as somebody wrote it; delete it there to have it written anew."
+            )
+            del files[CARD]
     stale = {name for name in there - set(files) if matches(name, STALE) or name.startswith(replaced)}
     return api.create_commit(
         info.id,
@@ -195,15 +211,30 @@ def repository(
             f"Expected a private repository, got {repo_id!r}, which is there and public; make it private in its "
             "settings first, or push to another one."
         )
-    if any(sibling.rfilename == "config.json" for sibling in info.siblings or ()):
-        with tempfile.TemporaryDirectory() as folder:
-            config = api.hf_hub_download(repo_id, "config.json", revision=info.sha, local_dir=folder)
-            found = json.loads(Path(config).read_text(encoding="utf-8")).get("model_type")
+    there = {sibling.rfilename for sibling in info.siblings or ()}
+    if "config.json" in there:
+        found = json.loads(_content(api, info, "config.json")).get("model_type")
         if found != "icae":
             raise ValueError(
                 f"Expected {repo_id!r} to hold an ICAE or no model, got one of the type {found!r}, whose weights an "
                 "upload would delete; push to another repository, or delete its 'config.json' if it is to be replaced."
             )
+    elif others := sorted(name for name in there if matches(name, OF_MODELS)):
+        raise ValueError(
+            f"Expected {repo_id!r} to hold an ICAE or no model, got another one's {others[0]!r}, which an upload "
+            "would delete; push to another repository, or delete it there if it is to be replaced."
+        )
     if missing:
         api.create_branch(repo_id, branch=revision, exist_ok=True)  # type: ignore[arg-type]
     return api, info
+
+
+def _content(api: HfApi, info: ModelInfo, name: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        file = api.hf_hub_download(info.id, name, revision=info.sha, local_dir=folder)
+        return Path(file).read_text(encoding="utf-8")
+
+
+def _has_text(card: str) -> bool:
+    """Whether a card says anything behind its metadata, which the Hub's page for new repositories writes."""
+    return bool(ModelCard(card, ignore_metadata_errors=True).text.strip())

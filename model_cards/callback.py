@@ -10,7 +10,7 @@ from trl import SFTConfig
 
 from icae.evaluation.record import hardware, versions
 
-from .card import MEASURES, render
+from .card import MEASURES, put_card, render
 from .facts import CardFacts, DataSource, TrainingStage
 
 
@@ -102,10 +102,10 @@ class CardCallback(TrainerCallback):
         )
 
     def write_card(self) -> None:
-        """Writes `README.md` into `output_dir`."""
+        """Writes `README.md` into `output_dir`, unless somebody has changed it."""
         folder = self.trainer.args.output_dir
         text = render(self.facts().named(folder), self.trainer.model.config)
-        Path(folder, "README.md").write_text(text, encoding="utf-8")
+        put_card(folder, text)
 
     def _stage(self) -> TrainingStage:
         args, state = self.trainer.args, self.trainer.state

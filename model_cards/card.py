@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.utils import logging
 
 from icae.configuration_icae import ICAEConfig
 from icae.embedded import CHECKPOINT, EMBEDDED_BASE_CODE, EMBEDDED_BASE_FINGERPRINT
@@ -23,6 +24,7 @@ from icae.modeling_icae import ICAEForConditionalGeneration
 from .facts import CardFacts, Evaluation, TrainingStage, is_hub_id
 
 
+logger = logging.get_logger(__name__)
 TEMPLATE = Path(__file__).with_name("template.md")
 MARK = "\n<!-- generated, sha256 "  # of the text above, so that a card that somebody has changed is known
 TAGS = ["icae", "context-compression", "custom_code"]
@@ -116,7 +118,8 @@ def model_card(folder: str | Path, *, repo_id: str | None = None, revision: str 
 
 def write_card(folder: str | Path, results: str | Path | None = None, **options) -> None:
     """
-    Writes `README.md` into the folder of a saved ICAE; with `results`, takes them over into its facts first.
+    Writes `README.md` into the folder of a saved ICAE; with `results`, takes them over into its facts first. A card
+    that somebody wrote or changed stays, with a warning.
 
     Args:
         folder, options:
@@ -128,7 +131,16 @@ def write_card(folder: str | Path, results: str | Path | None = None, **options)
         facts = CardFacts.load(folder)
         facts.add_results(results)
         facts.save(folder)
-    Path(folder, "README.md").write_text(model_card(folder, **options), encoding="utf-8")
+    put_card(folder, model_card(folder, **options))
+
+
+def put_card(folder: str | Path, text: str) -> None:
+    """Writes a card into a folder, unless there is one that somebody wrote or changed."""
+    card = Path(folder, "README.md")
+    if is_changed(card):
+        logger.warning(f"{card} stays as somebody wrote it; remove it to have the card written anew.")
+    else:
+        card.write_text(text, encoding="utf-8")
 
 
 def render(facts: CardFacts, config: ICAEConfig, with_code: bool = True) -> str:
@@ -199,6 +211,11 @@ def is_generated(card: str) -> bool:
     """Whether a card is as [`render`] wrote it, from whatever facts; otherwise somebody has changed it."""
     text = card[: card.rfind(MARK)]
     return card == text + _mark(text)
+
+
+def is_changed(card: Path) -> bool:
+    """Whether a card lies there that somebody wrote or changed."""
+    return card.is_file() and not is_generated(card.read_text(encoding="utf-8"))
 
 
 def _mark(text: str) -> str:
@@ -394,8 +411,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repo-id", help="where the model will lie on the Hub")
     parser.add_argument("--revision", help="commit or tag that the quickstart pins")
     arguments = parser.parse_args(argv)
+    if is_changed(card := arguments.folder / "README.md"):
+        raise ValueError(
+            f"Expected no card, or one as this command wrote it, got {card}, which somebody changed; move it."
+        )
     write_card(arguments.folder, arguments.results, repo_id=arguments.repo_id, revision=arguments.revision)
-    print(arguments.folder / "README.md")
+    print(card)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def chat_pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any
 
 def _around(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **how: Any) -> list[str]:
     """What a chat template writes around the context and around each message."""
-    marked = [message | {"content": CONTENT_MARK} for message in messages]
+    marked = [{"role": message["role"], "content": CONTENT_MARK} for message in messages]
     marked[0]["content"] = f"{CONTEXT_MARK}\n\n{CONTENT_MARK}"
     text = tokenizer.apply_chat_template(marked, tokenize=False, enable_thinking=False, **how)  # many know this switch
     before, _, rest = text.partition(CONTEXT_MARK)
@@ -69,12 +69,15 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
     def encode(texts: list[str]) -> list[list[int]]:
         return tokenize(tokenizer, texts, control_tokens=False)
 
-    # Tokens that the template writes are not all special (Qwen's `</think>`): texts are cut behind their first letter.
-    template = str(tokenizer.chat_template)
+    # Tokens that the template writes are not all special (Qwen's `</think>`), and special ones can be pieces of the
+    # vocabulary like others (Unigram's `</s>`): texts are cut behind the first letter of their names.
+    template = _template(tokenizer)
     controls = {
         control: token.content
         for control, token in tokenizer.added_tokens_decoder.items()
-        if not token.special and len(token.content.strip()) > 1 and token.content in template
+        if (token.special or token.content in template)
+        and len(token.content.strip()) > 1
+        and token.content != tokenizer.unk_token
     }
     cut = "|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in controls.values())
 
@@ -100,6 +103,15 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
     return rows
 
 
+def _template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template and what it writes, whose names it may put together ("<|" + role + "|>")."""
+    if tokenizer.chat_template is None:
+        return ""
+    user = [{"role": "user", "content": CONTENT_MARK}]
+    written = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+    return f"{tokenizer.chat_template}{written}"
+
+
 def encode_contexts(tokenizer: PreTrainedTokenizerBase, context: str | list[str]) -> list[list[int]]:
     """
     Token ids of the contexts of one row; all but the first have a blank line in front, if they are not empty.
@@ -121,6 +133,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
     for message in messages:
         if not isinstance(message.get("content"), str):
             raise ValueError(f"Expected messages with a text as their content, got {message!r}.")
+        # The template writes these as its own words, in which names of control tokens are control tokens.
+        more = [key for key, value in message.items() if value and key not in ("role", "content")]
+        if more or not re.fullmatch(r"\w+", message.get("role") or ""):
+            raise ValueError(
+                f"Expected messages of a `role` in one word and a `content`, got {message!r}; put what else the model "
+                "should read into the content."
+            )
     if [message.get("role") for message in messages[-1:]] == ["assistant"]:
         raise ValueError(
             f"Expected a conversation that the assistant is to answer, got one that ends with its own "

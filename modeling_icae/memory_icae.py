@@ -6,6 +6,7 @@ import json
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -117,9 +118,10 @@ class ICAEMemory:
         """All rows of several memories as one batch."""
         _check_same_model(memories)
         rows = [row for memory in memories for row in memory.rows()]
+        dtype = reduce(torch.promote_types, (memory.slots.dtype for memory in memories))  # nothing is rounded
         return replace(
             rows[0],
-            slots=pad_sequence([row.slots[0] for row in rows], batch_first=True),
+            slots=pad_sequence([row.slots[0].to(dtype) for row in rows], batch_first=True),
             positions=pad_sequence([row.positions[0] for row in rows], batch_first=True),
             spans=[row.spans[0] for row in rows],
         )

@@ -15,7 +15,7 @@ T tokens of the decoder's text, H hidden size, V vocabulary.
 import copy
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -231,11 +231,12 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         if len(ids) != len(memory):
             raise ValueError(f"Expected one text per row of the memory ({len(memory)}), got {len(ids)}.")
         memory = memory.to(ids.device)
-        is_cache = memory.memory_type == "key_values"  # else `concat` moves the new slots behind the others
         last_slots = memory.positions.gather(1, memory.num_slots[:, None] - 1)[:, 0]
         ends = memory.end - 1 if kwargs.get("window") is None else last_slots  # a window goes on where it is
-        offsets = ends.tolist() if is_cache else None
-        return ICAEMemory.concat([memory, self._compress(ids, parts, **kwargs, offsets=offsets)])
+        more = self._compress(ids, parts, **kwargs, offsets=ends.tolist())
+        if memory.memory_type == "hidden_states":  # which `concat` moves behind the others
+            more = replace(more, positions=more.positions - (memory.end - 1)[:, None])
+        return ICAEMemory.concat([memory, more])
 
     def _compress(
         self, ids, parts, span_length=None, max_spans_per_batch: int = 32, window=None, progress=False, offsets=None
@@ -266,7 +267,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         for row, offset in zip(spans, offsets or [0] * len(spans), strict=True):
             taken = [tokens + slots if sequential and is_cache else tokens for slots, tokens in row]
             last = offset + sum(taken) if is_cache else max(tokens + slots * sequential for slots, tokens in row)
-            self._check_positions(last if window is None else min(last, window))
+            self._check_positions(last if window is None else min(last, window), window=window)
             if window is not None and window < max(taken):
                 raise ValueError(f"Expected a `window` of at least one span, {max(taken)} positions, got {window}.")
             for length in taken:
@@ -284,11 +285,13 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             slots.append(encoded[0])
             positions.append(encoded[1])
         counts = [sum(slots for slots, _ in row) for row in spans]
+        # In training, weights are about to change, and with dropout slots are others every time.
+        passing = self.training and (torch.is_grad_enabled() or self.config.lora_dropout > 0)
         return ICAEMemory(
             slots=pad_sequence(torch.cat(slots).split(counts), batch_first=True),  # (B, K, D)
             positions=pad_sequence(torch.cat(positions).split(counts), batch_first=True),  # (B, K)
             spans=spans,
-            fingerprint="" if self.training and torch.is_grad_enabled() else self.fingerprint,
+            fingerprint="" if passing else self.fingerprint,
             memory_type=self.config.memory_type,
         )
 
@@ -793,6 +796,8 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         config = self.config.text_config
         window = getattr(config, "sliding_window", None)
         layers = getattr(config, "layer_types", None) or ["sliding_attention"]
+        if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo's name for them
+            window, layers = config.window_size, ["sliding_attention"]
         if window is None or "sliding_attention" not in layers:
             return False
         return columns > window
@@ -933,6 +938,11 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                 f"Expected no `prompt_lookup_num_tokens` and no `assistant_model` for the task {task!r}, got one: "
                 "they guess from the tokens of a prompt, and this task has none."
             )
+        if config.guidance_scale not in (None, 1) and task != "instruction":
+            raise ValueError(
+                f"Expected no `guidance_scale` for the task {task!r}, got {config.guidance_scale}: it compares with "
+                "an answer that does not see the prompt, and this task has none."
+            )
 
     def _check_memory(self, memory: ICAEMemory) -> None:
         if not isinstance(memory, ICAEMemory):
@@ -968,10 +978,12 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
     def _num_positions(self) -> int:
         return self.config.num_positions or sys.maxsize
 
-    def _check_positions(self, last: int, task: str = "instruction") -> None:
+    def _check_positions(self, last: int, task: str = "instruction", window: int | None = None) -> None:
         if last >= self._num_positions:
             what, advice = "context, prompt and answer", "`compress(..., window=…)` takes longer documents"
-            if task == "autoencoding":
+            if window is not None:
+                what, advice = "a window", "give a smaller one, which leaves room for prompt and answer"
+            elif task == "autoencoding":
                 what, advice = "text to write out", "`memory.select_spans` gives a part of a memory"
             raise ValueError(
                 f"Expected at most {self._num_positions - 1} tokens of {what}, which is what the base has positions "

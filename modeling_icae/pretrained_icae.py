@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -91,23 +93,30 @@ class ICAEPreTrainedModel(PreTrainedModel):
         self.task_embeddings = nn.Parameter(torch.empty(2, size, device=embeddings.device))  # [AE], [LM]
         self.generation_config = copy.deepcopy(base_model.generation_config)
         self.generation_config.use_cache = True  # some bases are saved without, as they were trained
-        if len(self.end_token_ids) > 1:
+        if self.generation_config.eos_token_id is None or len(self.end_token_ids) > 1:
             self.generation_config.eos_token_id = self.end_token_ids
         self.post_init()
         self._initialize_slots()
 
         # Behind post_init(), which would initialise the adapter's B matrices away from zero.
+        left_alone = _left_alone(config, base_model)
         base_model.add_adapter(
             LoraConfig(
                 r=config.lora_r,
                 lora_alpha=config.lora_alpha,
                 lora_dropout=config.lora_dropout,
                 target_modules=config.lora_target_modules,
-                exclude_modules=_left_alone(config, base_model),
+                exclude_modules=left_alone,
                 task_type="CAUSAL_LM",
             ),
             ADAPTER,
         )
+        for name, module in list(base_model.named_modules()):
+            # Of stacked experts and their routers PEFT adapts the parameters, for which it excludes nothing.
+            parent, _, own = name.rpartition(".")
+            inner = own == "base_layer"  # of two parameters, one wrapper in the other
+            if isinstance(module, ParamWrapper) and not inner and left_alone and re.fullmatch(left_alone, name):
+                setattr(base_model.get_submodule(parent), own, module.get_base_layer())
         self._lora_layers = [module for module in base_model.modules() if isinstance(module, LoraLayer)]
         for layer in self._lora_layers:
             layer._disable_adapters = True  # at rest `language_model` is the frozen base
@@ -115,6 +124,7 @@ class ICAEPreTrainedModel(PreTrainedModel):
                 layer.forward = partial(_lora_forward, layer)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._hub_kwargs: dict[str, Any] = {}  # for the tokenizer, which is loaded later
+        self._other_base: str | None = None  # the fingerprint of one that was taken with `verify_base=False`
         self._fingerprint: tuple[Any, str] | None = None
         self.eval()
 
@@ -204,10 +214,12 @@ class ICAEPreTrainedModel(PreTrainedModel):
             is_trainable (`bool`, *optional*, defaults to `False`):
                 Whether adapter and slots get gradients (and float32 weights).
             verify_base (`bool`, *optional*, defaults to `True`):
-                Whether to refuse a base whose weights are not those that the ICAE was trained on.
+                Whether to refuse a base whose weights are not those that the ICAE was trained on. Otherwise, what
+                it compresses on another base is of another model.
             kwargs:
                 Hub arguments (`revision`, `token`, `cache_dir`, …) or arguments of
-                `AutoModelForCausalLM.from_pretrained` for the base (`dtype`, `device_map`, `quantization_config`, …).
+                `AutoModelForCausalLM.from_pretrained` for the base (`dtype`, by default that of its training,
+                `device_map`, `quantization_config`, …).
 
         Raises:
             `ValueError`: if the base cannot be found or is another one, or if a file is missing or damaged.
@@ -227,19 +239,24 @@ class ICAEPreTrainedModel(PreTrainedModel):
         else:
             shared = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
             revision = config.base_model_revision if base_model is None else None
+            if config.text_config.dtype is not None and not {"dtype", "torch_dtype"} & kwargs.keys():
+                kwargs["dtype"] = config.text_config.dtype  # as in training, not as stored, which may be float16
+            if config._attn_implementation is not None:  # where AutoModel puts it
+                kwargs.setdefault("attn_implementation", config._attn_implementation)
             base = _load_base(base_model or config.base_model_name_or_path, revision=revision, **shared, **kwargs)
         _check_base(base)
-        if verify_base and config.base_model_fingerprint is not None:
-            found = _base_fingerprint(base)
-            known = config.base_model_fingerprint
-            if found is not None and any(a != b for a, b in zip(found.split("-"), known.split("-"), strict=False)):
+        found, known, other_base = _base_fingerprint(base), config.base_model_fingerprint, None
+        if found is not None and known is not None and _differ(found, known):
+            if verify_base:
                 raise ValueError(
                     f"Expected the base model {config.base_model_name_or_path!r} (fingerprint "
                     f"{known}), got {base.config._name_or_path!r} (fingerprint "
                     f"{found}). Slots are written for one set of weights: pass the right `base_model`, or "
                     "`verify_base=False` if you know that the difference is harmless."
                 )
+            other_base = found
         model = cls(copy.deepcopy(config), base_model=base)
+        model._other_base = other_base
         model._make_trainable(is_trainable)  # first, so that float32 weights are not rounded on their way
         model.load_icae_weights(path, **hub)
         model.name_or_path, model._hub_kwargs = path, hub
@@ -303,12 +320,22 @@ class ICAEPreTrainedModel(PreTrainedModel):
             with_code (`bool`, *optional*, defaults to `True`):
                 Also writes the model's code, so that the folder loads with `trust_remote_code=True` where this
                 package is not installed.
+
+        Raises:
+            `ValueError`: if the folder holds another kind of model, or with `push_to_hub`.
         """
         if kwargs.get("push_to_hub"):
             raise ValueError("Expected no `push_to_hub` here, got True; call `model.push_to_hub(repo_id)` instead.")
         if not is_main_process:
             return
         folder = Path(save_directory)
+        if (config_file := folder / "config.json").is_file():
+            kind = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+            if kind not in (None, self.config.model_type):
+                raise ValueError(
+                    f"Expected a folder of its own for the ICAE, got {str(folder)!r}, which holds a model of the type "
+                    f"{kind!r}; give another one."
+                )
         (folder / ADAPTER_FOLDER).mkdir(parents=True, exist_ok=True)
 
         config = copy.deepcopy(self.config)
@@ -452,7 +479,8 @@ class ICAEPreTrainedModel(PreTrainedModel):
         versions = (slots, *((parameter.data_ptr(), parameter._version) for parameter in parameters.values()))
         if self._fingerprint is None or self._fingerprint[0] != versions:
             kind = [self.config.memory_type, self.config.encoder_layout, self.config.lora_alpha]
-            digest = hashlib.sha256(json.dumps([self.config.base_model_fingerprint, *kind]).encode())
+            base = self._other_base or self.config.base_model_fingerprint
+            digest = hashlib.sha256(json.dumps([base, *kind]).encode())
             # The task embeddings are the decoder's; the slots do not depend on them.
             encoder = (parameter for name, parameter in parameters.items() if name != "task_embeddings")
             digest.update(_digest(encoder).encode())
@@ -619,6 +647,11 @@ def _base_fingerprint(base: PreTrainedModel) -> str | None:
     if getattr(base.config, "quantization_config", None) is None:
         parts.append([weight.flatten()[:: max(1, weight.numel() // 64)] for weight in linear])
     return "-".join(_digest(tensors) for tensors in parts)
+
+
+def _differ(fingerprint: str, other: str) -> bool:
+    """Whether two fingerprints are of different bases; one may be shorter, of a quantised base."""
+    return any(a != b for a, b in zip(fingerprint.split("-"), other.split("-"), strict=False))
 
 
 def _digest(tensors: Iterable[torch.Tensor]) -> str:

@@ -87,6 +87,16 @@ def test_the_folder_of_a_memory_file_is_looked_for_first(tmp_path, capsys):
     assert "Expected a folder for the memory file, found no" in capsys.readouterr().err
 
 
+def test_a_text_is_not_replaced_by_its_memory(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    (tmp_path / "link.txt").symlink_to(text)
+    for name in ("text.txt", "link.txt"):
+        assert main(["compress", str(text), "-o", str(tmp_path / name)]) == 2
+        assert "Expected another file for the memory than the text's, got" in capsys.readouterr().err
+    assert text.read_text() == TEXT
+
+
 def test_an_interrupt_at_a_prompt_ends_without_a_traceback(options, tmp_path, monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt

@@ -268,6 +268,15 @@ def test_a_batch_of_answers_equals_one_by_one_under_a_short_window(make_icae, fa
         assert torch.equal(batch[row], model.generate(context, prompt, max_new_tokens=8, **NO_CONTROL)[0])
 
 
+def test_a_batch_of_answers_equals_one_by_one_under_gpt_neo_s_local_attention(make_icae):
+    layers = {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "hidden_size": 32, "num_heads": 4}
+    base = make_base("gpt_neo", **layers, window_size=40, max_position_embeddings=512)
+    model = make_icae(base=base, span_length=32)
+    batch = model.generate(CONTEXTS, PROMPTS, max_new_tokens=8, **NO_CONTROL)
+    for row, (context, prompt) in enumerate(zip(CONTEXTS, PROMPTS, strict=True)):
+        assert torch.equal(batch[row], model.generate(context, prompt, max_new_tokens=8, **NO_CONTROL)[0])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_slots_start_with_the_mean_and_spread_of_the_words_that_the_family_reads(family):
     """Gemma's embedding layer gives its weights times the root of the hidden size."""
@@ -280,10 +289,29 @@ def test_slots_start_with_the_mean_and_spread_of_the_words_that_the_family_reads
     close(slots.std(dim=0), spread, rtol=0.2, atol=0)
 
 
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe", "phimoe", "gpt_oss"])
+def test_every_trained_tensor_gets_a_gradient(make_icae, family):
+    """The experts of the last layer cannot change a slot, and DDP refuses parameters without gradients."""
+    model = make_icae(base=make_base(family, **EXPERTS)).train()
+    context = torch.randint(5, 60, (3, 20), generator=torch.Generator().manual_seed(0))
+    model(context_ids=context, continuation_ids=context[:, :8]).loss.backward()
+    assert not [name for name, parameter in model.trainable_parameters().items() if parameter.grad is None]
+
+
+def test_the_adapter_of_stacked_experts_survives_saving(make_icae, tmp_path):
+    model = make_icae(base=make_base("mixtral", **EXPERTS)).eval()
+    model.save_pretrained(tmp_path)
+    again = ICAEForConditionalGeneration.from_pretrained(tmp_path, base_model=make_base("mixtral", **EXPERTS))
+    ids = torch.arange(5, 40)[None]
+    assert torch.equal(again.compress(ids).slots, model.compress(ids).slots)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "phimoe", "gpt_oss"])
 def test_bases_with_experts_get_an_adapter_that_leaves_the_decoder_and_linear_routers_alone(make_icae, family):
-    experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    base = make_base(family, **experts)
+    base = make_base(family, **EXPERTS)
     ids = torch.arange(5, 40)[None]
     with torch.no_grad():
         expected = base(ids).logits

@@ -402,3 +402,23 @@ def test_a_mask_is_a_tensor_beside_a_tensor(model, tokenizer):
     padded = tokenizer(CONTEXTS, padding=True, return_tensors="pt")
     memory = model.compress(padded["input_ids"], padded["attention_mask"])
     assert memory.num_tokens.tolist() == padded["attention_mask"].sum(dim=1).tolist()
+
+
+def test_an_answer_ends_where_the_base_s_configuration_says_if_nothing_else_does(make_icae):
+    """A base whose generation_config names no end token is trained to write that of its configuration."""
+    base = make_base()
+    base.generation_config = GenerationConfig()
+    model = make_icae(base=base).eval()
+    forced = iter([40, 41, 2, 43, 44])
+
+    def force(ids, scores):
+        return torch.full_like(scores, -1e9).index_fill(1, torch.tensor([next(forced)]), 0.0)
+
+    answer = model.generate("abc", "Who?", max_new_tokens=5, logits_processor=[force])
+    assert answer.tolist() == [[40, 41, 2]]
+
+
+@pytest.mark.parametrize("task", ["autoencoding", "continuation"])
+def test_guidance_without_a_prompt_is_refused(model, task):
+    with pytest.raises(ValueError, match=f"Expected no `guidance_scale` for the task '{task}', got 1.5"):
+        model.generate("abc", task=task, guidance_scale=1.5)

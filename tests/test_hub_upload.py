@@ -478,7 +478,9 @@ OWN = [
 
 
 def test_what_other_layouts_left_is_deleted_and_the_user_s_own_files_stay(hub, folder):
-    hub.put(REPO, dict.fromkeys(STALE, b"old") | dict.fromkeys(OWN, b"mine"))
+    hub.put(
+        REPO, dict.fromkeys(STALE, b"old") | dict.fromkeys(OWN, b"mine") | {"config.json": b'{"model_type": "icae"}'}
+    )
     upload(folder, REPO)
     repository = hub.repositories[REPO]
     assert published(repository.files()) == contents(folder) | dict.fromkeys(OWN, b"mine")
@@ -496,6 +498,35 @@ def test_another_kind_of_model_is_not_replaced(hub, folder, make_trainer, option
         make_trainer(push_to_hub=True, hub_model_id=REPO)
     repository = hub.repositories[REPO]
     assert set(repository.refs) == {"main"} and published(repository.files()) == llama
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "model-00001-of-00002.safetensors", "model_index.json"])
+def test_a_model_without_a_configuration_is_not_replaced(hub, folder, name):
+    other = {name: b"somebody's", "README.md": b"Mine."}
+    hub.put(REPO, other)
+    with pytest.raises(ValueError, match=f"got another one's '{name}', which an upload would delete; push to another"):
+        upload(folder, REPO)
+    assert published(hub.repositories[REPO].files()) == other
+
+
+def test_a_card_that_somebody_wrote_on_the_hub_stays(hub, folder, caplog):
+    hub.put(REPO, {"README.md": b"---\nlicense: mit\n---\n"})  # as the Hub's own page for new repositories
+    upload(folder, REPO)
+    generated = hub.repositories[REPO].files()["README.md"]
+    assert generated == (folder / "README.md").read_bytes() and not caplog.records
+    hub.put(REPO, {"README.md": generated + b"More about it."})
+    upload(folder, REPO)
+    assert hub.repositories[REPO].files()["README.md"] == generated + b"More about it."
+    assert f"The card of {REPO} stays as somebody wrote it" in caplog.text
+    (folder / "README.md").write_text("Another one.", encoding="utf-8")
+    upload(folder, REPO)
+    assert hub.repositories[REPO].files()["README.md"] == b"Another one."
+
+
+def test_a_card_that_somebody_changed_goes_along_with_the_model(hub, verified, checkpoint, base_folder):
+    (checkpoint / "README.md").write_text("My own words.", encoding="utf-8")
+    ICAEForConditionalGeneration.from_pretrained(checkpoint, base_model=base_folder).push_to_hub(REPO)
+    assert hub.repositories[REPO].files()["README.md"] == b"My own words."
 
 
 def test_of_a_checkpoint_to_resume_from_nothing_older_is_left(hub, folder, tmp_path):

@@ -196,3 +196,18 @@ def test_progress_is_shown_when_asked_for(model, capfd):
     assert "Compressing" not in capfd.readouterr().err
     model.compress([IDS[0]], max_spans_per_batch=1, progress=True)
     assert "Compressing" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("memory_type", ["key_values", "hidden_states"])
+def test_text_added_with_a_window_stands_where_it_would_in_one_go(make_icae, memory_type):
+    model = make_icae(memory_type=memory_type)
+    text = [*range(5, 100), 5]  # six spans
+    whole = model.compress(text, window=48)
+    grown = model.extend(model.compress(text[:32], window=48), text[32:], window=48)
+    assert grown.positions.tolist() == whole.positions.tolist() and grown.spans == whole.spans
+
+
+def test_a_window_beyond_the_positions_is_told_to_be_smaller(make_icae):
+    model = make_icae(base=make_base(max_position_embeddings=64))
+    with pytest.raises(ValueError, match=r"Expected at most 63 tokens of a window, .* got 70; give a smaller one"):
+        model.compress([7] * 100, window=70)

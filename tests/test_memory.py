@@ -269,3 +269,23 @@ def test_a_float32_memory_can_be_read_by_a_bfloat16_model(make_icae, ragged, mem
     options = {"task": "autoencoding", "do_sample": False, "max_new_tokens": 6}
     found = model.generate(memory=memory.to(torch.float32), **options)
     assert torch.equal(found, model.generate(memory=memory, **options))
+
+
+def test_stacking_rounds_nothing(memory):
+    """A memory that was stored in bfloat16 may stand before others in a batch."""
+    first, second = memory[[0]].to(torch.bfloat16), memory[[1]]
+    for stacked in (ICAEMemory.stack([first, second]), ICAEMemory.stack([second, first])):
+        assert stacked.slots.dtype == torch.float32
+        row = next(row for row in stacked.rows() if row.spans == second.spans)
+        assert torch.equal(row.slots, second.slots)
+
+
+def test_a_memory_made_with_dropout_is_read_in_train_mode_only(make_icae):
+    model = make_icae(lora_dropout=0.5).train()
+    text = list(range(10, 40))
+    first, second = model.compress(text), model.compress(text)
+    assert not torch.equal(first.slots, second.slots)
+    model.eval()
+    with pytest.raises(ValueError, match="none: it was made in train mode"):
+        model.reconstruct(first)
+    assert make_icae().train().compress(text).fingerprint  # without dropout, slots are the same every time

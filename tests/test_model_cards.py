@@ -461,5 +461,18 @@ def test_icae_card_writes_a_readme(saved, capsys):
     assert main(["card", str(saved), "--repo-id", "me/mine", "--revision", "v1"]) == 0
     assert "me/mine" in (saved / "README.md").read_text()
     assert json.loads((saved / "config.json").read_text())["model_type"] == "icae"
+    (saved / "README.md").write_text("My own words.")
+    assert main(["card", str(saved)]) == 2
+    assert "README.md, which somebody changed; move it" in capsys.readouterr().err
+    assert (saved / "README.md").read_text() == "My own words."
     assert main(["card", str(saved.parent / "nothing")]) == 2
     assert "Expected a saved ICAE" in capsys.readouterr().err
+
+
+def test_a_card_that_somebody_changed_is_not_replaced_by_a_run(make_icae, tmp_path, caplog):
+    trainer = pretrain(make_icae(), tmp_path / "run", max_steps=1)
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "README.md").write_text("My own words.")
+    trainer.train()
+    assert (tmp_path / "run" / "README.md").read_text() == "My own words."
+    assert "README.md stays as somebody wrote it" in caplog.text

@@ -348,3 +348,39 @@ def test_an_upload_that_is_asked_for_is_not_forgotten(saved, tmp_path, monkeypat
     except (TypeError, ValueError, NotImplementedError, OSError):
         return
     assert calls
+
+
+def test_memories_made_on_another_base_are_of_another_model(saved):
+    """`verify_base=False` takes the base, but what it writes is not what the right one reads."""
+    model, folder = saved
+    other = make_base()
+    with torch.no_grad():
+        other.model.norm.weight.add_(1)
+    insisting = ICAEForConditionalGeneration.from_pretrained(folder, base_model=other, verify_base=False)
+    assert insisting.config.base_model_fingerprint == model.config.base_model_fingerprint
+    with pytest.raises(ValueError, match="got one of another model"):
+        model.reconstruct(insisting.compress([7] * 20))
+    assert insisting.reconstruct(insisting.compress([7] * 20))
+
+
+def test_the_base_is_loaded_as_it_was_in_training_not_as_it_is_stored(make_icae, base_folder, tmp_path):
+    make_base().half().save_pretrained(base_folder)  # as Llama 2 is stored
+    config = ICAEConfig(span_length=16, base_model_name_or_path=str(base_folder))
+    model = ICAEForConditionalGeneration.from_base(str(base_folder), config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "trained")
+    assert AutoModel.from_pretrained(tmp_path / "trained").dtype == torch.bfloat16
+    assert AutoModel.from_pretrained(tmp_path / "trained", dtype=torch.float32).dtype == torch.float32
+
+
+def test_auto_classes_pass_the_attention_on(saved):
+    for load in (AutoModel, ICAEForConditionalGeneration):
+        model = load.from_pretrained(saved[1], attn_implementation="eager")
+        assert model.language_model.config._attn_implementation == "eager"
+
+
+def test_the_folder_of_another_model_is_not_written_into(saved, base_folder):
+    model, _ = saved
+    before = (base_folder / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="which holds a model of the type 'llama'; give another one"):
+        model.save_pretrained(base_folder)
+    assert (base_folder / "config.json").read_bytes() == before

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from icae.hub_upload.layout import ADAPTER_WEIGHTS
-from icae.model_cards import is_generated, write_card
+from icae.model_cards import write_card
 from icae.model_cards.facts import CardFacts, TrainingStage
 from icae.modeling_icae.pretrained_icae import SLOTS_FILE
 
@@ -89,8 +89,7 @@ def average(checkpoints: list[Path], output: Path, weights: list[float] | None =
         said = " : ".join(f"{weight:.2g}" for weight in weights)
         settings[AVERAGE] = f"{settings[AVERAGE]}, then {said}" if AVERAGE in settings else said
     facts.save(output)
-    card = output / "README.md"
-    if card.is_file() and is_generated(card.read_text(encoding="utf-8")):
+    if (output / "README.md").is_file():
         write_card(output)
 
 

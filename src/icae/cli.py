@@ -166,6 +166,8 @@ def _compress(arguments: argparse.Namespace) -> None:
     text = _read_text(arguments.text)
     if not (folder := Path(arguments.output).parent).is_dir():
         raise ValueError(f"Expected a folder for the memory file, found no {str(folder)!r}; make it first.")
+    if Path(arguments.output).resolve() == Path(arguments.text).resolve():
+        raise ValueError(f"Expected another file for the memory than the text's, got {arguments.output!r} for both.")
     model = load_model(arguments.model, arguments.base, arguments.dtype)
     memory = model.compress(text, window=arguments.window, progress=True)
     memory.save(arguments.output)
