@@ -117,6 +117,11 @@ class ICAEPreTrainedModel(PreTrainedModel):
             inner = own == "base_layer"  # of two parameters, one wrapper in the other
             if isinstance(module, ParamWrapper) and not inner and left_alone and re.fullmatch(left_alone, name):
                 setattr(base_model.get_submodule(parent), own, module.get_base_layer())
+        if any(isinstance(part(), LoraLayer) for part in (self.get_input_embeddings, self.get_output_embeddings)):
+            raise ValueError(
+                f"Expected `lora_target_modules` within the layers of the base, got {config.lora_target_modules!r}: "
+                "embeddings and head are the frozen decoder's, and would not be trained."
+            )
         self._lora_layers = [module for module in base_model.modules() if isinstance(module, LoraLayer)]
         for layer in self._lora_layers:
             layer._disable_adapters = True  # at rest `language_model` is the frozen base

@@ -342,6 +342,11 @@ def test_rows_too_long_to_be_answered_are_left_out_and_counted(saved, capsys):
     assert main([*command, "--least-gap", "0.5"]) == 0
     assert "left out are 1 rows that are too long for the base" in capsys.readouterr().out
     assert CONTEXTS[1] not in Dataset.from_parquet(str(folder / "pairs.parquet"))["context"]
+    Dataset.from_list(rows[1:2]).to_parquet(folder / "triples.parquet")
+    assert main(command) == 2
+    assert "Expected rows that the base has positions for, got 1 that are too long" in capsys.readouterr().err
+    assert main([*command, "--samples", "0"]) == 2
+    assert "Expected at least one of `--samples`, beside the greedy answer, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("gap", ["0", "1.5"])

@@ -91,6 +91,24 @@ def test_the_new_rows_stand_behind_those_about_their_context(names, tmp_path, ca
     assert f"{len(written) - 3} of them new" in printed
 
 
+def test_the_new_rows_have_no_rejected_response_which_is_of_another_prompt(tmp_path):
+    rows = [{"context": CONTEXT, "prompt": "Who?", "response": "The keeper.", "rejected": "worse"}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "given.parquet")
+    files = ["--data", str(tmp_path / "given.parquet"), "--output", str(tmp_path / "new.parquet")]
+    assert main(["write-quotations", *files]) == 0
+    first, *new = Dataset.from_parquet(str(tmp_path / "new.parquet")).to_list()
+    assert first["rejected"] == "worse" and new and all(row["rejected"] is None for row in new)
+
+
+@pytest.mark.parametrize("name", ["context", "prompt", "response"])
+def test_triples_that_are_not_all_text_are_refused(tmp_path, capsys, name):
+    rows = [{"context": CONTEXT, "prompt": "Who?", "response": "The keeper."} | {name: ["a", "b"]}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "given.parquet")
+    files = ["--data", str(tmp_path / "given.parquet"), "--output", str(tmp_path / "new.parquet")]
+    assert main(["write-quotations", *files]) == 2
+    assert f"Expected contexts, prompts and responses that are text, got {name}s as" in capsys.readouterr().err
+
+
 def test_other_columns_are_an_error_that_says_which(tmp_path, capsys):
     Dataset.from_list([{"text": "x"}]).to_parquet(tmp_path / "given.parquet")
     files = ["--data", str(tmp_path / "given.parquet"), "--output", str(tmp_path / "new.parquet")]

@@ -710,6 +710,14 @@ def test_mixed_in_contexts_that_the_base_could_not_write_out_are_refused(
         ("completion_only_loss", False),
         ("chat_template_path", "x"),
         ("eos_token", "x"),
+        ("pad_token", "x"),
+        ("dataset_text_field", "content"),
+        ("shuffle_dataset", True),
+        ("truncation_mode", "keep_end"),
+        ("pad_to_multiple_of", 8),
+        ("eval_packing", True),
+        ("packing_strategy", "wrapped"),
+        ("remove_unused_columns", True),
         ("include_num_input_tokens_seen", "all"),
         ("fp16", True),
     ],
@@ -906,7 +914,7 @@ def test_a_cut_answer_ends_with_its_last_whole_sentence(written, whole):
 
 
 def test_answers_of_full_length_are_cut_or_left_out_and_those_unlike_the_response_are_not_taught(
-    config_file, make_icae, monkeypatch
+    config_file, make_icae, monkeypatch, capsys
 ):
     from icae.cli import main
     from icae.evaluation.readers import TokenReader
@@ -930,7 +938,7 @@ def test_answers_of_full_length_are_cut_or_left_out_and_those_unlike_the_respons
         assert main(["write-responses", *files, *base_files, "--max-new-tokens", str(limit), *options]) == 0
         return list(Dataset.from_parquet(str(folder / "taught.parquet"))["response"])
 
-    assert written() == ["a b c", "b"]
+    assert written() == ["a b c", "b"] and "too long" not in capsys.readouterr().out
     assert written("--cut") == ["a b.", "a b c", "a b c.", "b"]
     assert written("--cut", "--least-overlap", "0.5") == ["x", "a b c", "a b c.", "b"]
     assert written("--least-overlap", "0.5") == ["x", "a b c", "b", "b"]
@@ -939,6 +947,18 @@ def test_answers_of_full_length_are_cut_or_left_out_and_those_unlike_the_respons
     given.select_columns(["context", "prompt"]).rename_column("context", "input").to_parquet(files[1])
     assert written("--cut") == ["a b.", "a b c", "a b c.", "b"]
 
+    rows = given.to_list()
+    rows[1]["context"] = "x" * 500  # of 512 positions
+    Dataset.from_list(rows).to_parquet(files[1])
+    asked = []
+    monkeypatch.setattr(
+        TokenReader, "answer_ids", lambda _, rows, limit: asked.extend(rows) or [ids[n] for n in (0, 2, 3)]
+    )
+    capsys.readouterr()
+    assert written("--cut") == ["a b.", "a b c.", "b"] and len(asked) == 3
+    assert "1 of them are too long for the base" in capsys.readouterr().out
+    assert written("--cut", "--least-overlap", "0") == ["a b.", "a b c", "a b c.", "b"]
+
 
 @pytest.mark.parametrize(
     ("columns", "share", "message"),
@@ -946,13 +966,17 @@ def test_answers_of_full_length_are_cut_or_left_out_and_those_unlike_the_respons
         (("context", "prompt"), "0.2", "Expected the columns `context`, `prompt` and `response`, or `input`"),
         (("context",), None, "Expected the columns `context` and `prompt`, or `input` and `prompt`, got ['context']"),
         (("context", "prompt", "response"), "1.2", "Expected a `--least-overlap` from 0 to 1, got 1.2"),
+        (("context", "prompt", "no response"), "0.2", "Expected a response in each row, got none in row 1"),
     ],
 )
 def test_what_the_teacher_cannot_answer_is_said_before_the_model_is_loaded(tmp_path, columns, share, message, capsys):
     from icae.cli import main
 
     file = str(tmp_path / "given.parquet")
-    Dataset.from_dict({name: ["a"] for name in columns}).to_parquet(file)
+    rows = {name: ["a", "a"] for name in columns if name != "no response"}
+    if "no response" in columns:
+        rows["response"] = ["a", None]
+    Dataset.from_dict(rows).to_parquet(file)
     options = [] if share is None else ["--least-overlap", share]
     assert main(["write-responses", "--data", file, "--output", file, "--model", "none", *options]) != 0
     assert message in capsys.readouterr().err
@@ -999,6 +1023,14 @@ def test_icae_sft_stops_when_validation_gets_no_better(config_file, capsys):
     assert "is complete" not in capsys.readouterr().out
     assert steps(*patience) == 3
     assert "is complete: 3 steps" in capsys.readouterr().out
+
+
+def test_patience_without_a_measure_is_refused_before_anything_is_loaded(config_file, capsys):
+    from icae.cli import main
+
+    options = ["--early_stopping_patience", "2", "--base_model", "none"]
+    assert main(["sft", "--config", str(config_file), *options]) == 2
+    assert "Expected `metric_for_best_model` beside `early_stopping_patience`" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from datasets import Dataset
 from icae import ICAEConfig, ICAEForConditionalGeneration
 from icae.cli import main
 from icae.evaluation import small_base
-from icae.evaluation.sweep import read_sweep
+from icae.evaluation.sweep import as_words, read_sweep
 from tiny import SHORT_RUN, make_base
 
 
@@ -138,3 +138,7 @@ def test_a_small_base_of_any_family_is_trained_and_can_carry_an_icae(family, tmp
     model = ICAEForConditionalGeneration.from_base(str(tmp_path / "base"), ICAEConfig(span_length=8))
     memory = model.eval().compress("The cup is on the table.")
     assert model.config.text_config.model_type == family and memory.num_slots[0] > 0
+
+
+def test_a_field_of_several_numbers_is_one_word():
+    assert as_words("lr_scheduler_kwargs", {"min_lr_rate": 0.1}) == ["--lr_scheduler_kwargs", '{"min_lr_rate": 0.1}']

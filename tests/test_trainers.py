@@ -9,6 +9,7 @@ import datasets
 import pytest
 import torch
 import yaml
+from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from peft import LoraConfig
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -96,6 +97,90 @@ def test_a_streamed_data_set_trains_and_resumes_exactly(make_icae, tmp_path):
         return losses(trainer)
 
     assert run("resumed", run("unbroken") and str(tmp_path / "unbroken" / "checkpoint-3")) == run("again")
+
+
+def test_a_stream_that_is_gone_on_with_in_its_second_pass_says_that_it_starts_there(make_icae, tmp_path, caplog):
+    def run(checkpoint=None):
+        options = {"output_dir": str(tmp_path / "run"), "per_device_train_batch_size": 16, "save_steps": 1}
+        args = ICAEPretrainingConfig(**(SHORT_RUN | options))
+        ICAEPretrainingTrainer(make_icae(), args, DOCUMENTS.to_iterable_dataset()).train(checkpoint)
+
+    run()
+    for step, warned in ((1, False), (5, True)):  # a pass is of 3 steps
+        caplog.clear()
+        run(str(tmp_path / "run" / f"checkpoint-{step}"))
+        assert ("interrupted after the first pass through a stream" in caplog.text) == warned
+
+
+def test_several_processes_go_on_in_the_order_of_the_epoch_that_was_interrupted(make_trainer):
+    """accelerate sets the epoch of a sampler one level down; behind skipped batches and shards it stands deeper."""
+    trainer = make_trainer(train_sampling_strategy="group_by_length")
+    loader = trainer.get_train_dataloader()
+    own = loader.batch_sampler.sampler
+    sharded = prepare_data_loader(loader, num_processes=2, process_index=0, put_on_device=False)
+    assert hasattr(sharded.batch_sampler, "batch_sampler") and own.epoch == 0
+    trainer.state.epoch = 1.5
+    trainer.callback_handler.train_dataloader = sharded
+    trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+    assert own.epoch == 1
+
+
+def test_training_leaves_the_end_of_texts_as_it_is_whatever_the_tokenizer_says(make_icae, make_trainer):
+    model = make_icae(lora_dropout=0.1)
+    model.tokenizer.eos_token = "<|im_end|>"
+    before = model.end_token_ids, model.config.text_config.to_dict(), model.generation_config.to_dict()
+    make_trainer(model=model, max_steps=1).train()
+    assert (model.end_token_ids, model.config.text_config.to_dict(), model.generation_config.to_dict()) == before
+
+
+def test_a_run_goes_on_with_the_architecture_that_it_was_begun_with(make_trainer, make_icae):
+    trainer = make_trainer(max_steps=3)
+    trainer.train()
+    checkpoint = str(Path(trainer.args.output_dir) / "checkpoint-3")
+    message = "Expected a model as the run was begun with, lora_alpha 8, lora_dropout 0.1, got lora_alpha 16, "
+    with pytest.raises(ValueError, match=message + "lora_dropout 0.0: it would not go on exactly"):
+        make_trainer(model=make_icae(lora_alpha=16)).train(checkpoint)
+
+
+def test_evaluations_of_several_sets_have_their_own_names(make_trainer):
+    trainer = make_trainer()
+    trainer.evaluate()
+    found = trainer.evaluate(DOCUMENTS, metric_key_prefix="letters")
+    assert not [name for name in found if name.startswith("eval_")]
+    assert {"letters_loss", "letters_ae_loss", "letters_ae_loss_other_text", "letters_bleu"} < set(found)
+    assert found.items() <= trainer.state.log_history[-1].items()
+
+
+def test_the_weighed_loss_does_not_depend_on_the_batches(make_icae, tmp_path):
+    """Of a batch without continuations, autoencoding has the whole weight."""
+    samples = Dataset.from_list([{"context_ids": [7 + n] * 8, "continuation_ids": [], "length": 8} for n in range(4)])
+    trainer = ICAEPretrainingTrainer(
+        make_icae(),
+        ICAEPretrainingConfig(output_dir=str(tmp_path), eval_reconstructions=0, **SHORT_RUN),
+        samples,
+        samples,
+    )
+    found = trainer.evaluate()
+    assert found["eval_loss"] == pytest.approx(found["eval_ae_loss"])
+
+
+def test_accuracy_by_position_is_of_the_texts_that_have_it(make_icae, tmp_path):
+    """A text of two tokens and its end has no target in one quarter."""
+    samples = Dataset.from_list([{"context_ids": [7, 8], "continuation_ids": [], "length": 2}] * 2)
+    options = {"eval_reconstructions": 0, "per_device_eval_batch_size": 1}
+    args = ICAEPretrainingConfig(output_dir=str(tmp_path), **(SHORT_RUN | options))
+    found = ICAEPretrainingTrainer(make_icae(), args, samples, samples).evaluate()
+    quarters = {name: value for name, value in found.items() if "quarter" in name}
+    assert len(quarters) == 3 and all(0 <= value <= 1 for value in quarters.values())
+
+
+def test_a_streamed_set_beside_one_in_memory_is_not_dealt_out(make_icae, tmp_path):
+    """Batches of texts of different lengths cannot be joined and dealt out to processes."""
+    for streamed in (False, True):
+        held_out = DOCUMENTS.to_iterable_dataset() if streamed else DOCUMENTS
+        args = ICAEPretrainingConfig(output_dir=str(tmp_path), **SHORT_RUN)
+        trainer = ICAEPretrainingTrainer(make_icae(), args, DOCUMENTS, held_out)
+        assert trainer.accelerator.dispatch_batches is (False if streamed else None)
 
 
 def test_fsdp_which_sees_no_gradient_that_comes_through_the_cache_is_refused(make_trainer, monkeypatch):
@@ -318,6 +403,85 @@ def test_another_architecture_than_that_of_the_checkpoint_to_go_on_from_is_an_er
     assert main([*further, "--lora_r", "2", "--span_length", "32"]) == 2
     message = f"Expected the architecture of '{command_line / 'run'}', {{'span_length': 16, 'lora_r': 4}}, got "
     assert message + "{'span_length': 32, 'lora_r': 2}; leave that out" in capsys.readouterr().err
+    assert main([*further, "--span_length", "128"]) == 2  # also what a new model has by default
+    assert "got {'span_length': 128, 'lora_r': 4}; leave that out" in capsys.readouterr().err
+
+
+def test_all_linear_is_a_name_on_the_command_line_as_well(command_line):
+    from icae.cli import main
+
+    config = ["pretrain", "--config", str(command_line / "config.yaml"), "--max_steps", "1", "--eval_strategy", "no"]
+    assert main([*config, "--lora_target_modules", "all-linear"]) == 0
+    assert json.loads((command_line / "run" / "config.json").read_text())["lora_target_modules"] == "all-linear"
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_over(command_line, capsys):
+    from icae.cli import main
+
+    config = ["pretrain", "--config", str(command_line / "config.yaml"), "--max_steps", "1", "--save_strategy", "no"]
+    config += ["--eval_strategy", "no"]
+    assert main(config) == 0
+    run = command_line / "run"
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    assert main(config) == 2
+    assert "Expected a folder without a run, got" in capsys.readouterr().err
+    assert main([*config, "--resume", "true"]) == 0
+    assert "is complete: 1 steps" in capsys.readouterr().out
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+
+def test_a_run_goes_on_with_its_seed(command_line, capsys):
+    from icae.cli import main
+
+    config = ["pretrain", "--config", str(command_line / "config.yaml"), "--eval_strategy", "no"]
+    assert main([*config, "--max_steps", "2"]) == 0
+    assert main([*config, "--resume", "true", "--seed", "7"]) == 2
+    assert "Expected the seed 42, with which the run in" in capsys.readouterr().err
+
+
+def test_a_split_of_local_files_is_refused(command_line, capsys):
+    from icae.cli import main
+
+    assert main(["pretrain", "--config", str(command_line / "config.yaml"), "--eval_split", "test"]) == 2
+    assert "Expected `eval_files` beside `train_files`, got `eval_split` ('test')" in capsys.readouterr().err
+
+
+def test_every_pass_through_a_stream_has_the_samples_that_were_drawn(command_line):
+    script = ScriptArguments(train_files=[str(command_line / "train.parquet")], train_samples=2, streaming=True)
+    train, _ = load_data(script, 1, "text")
+    passes = []
+    for epoch in range(3):
+        if hasattr(train, "set_epoch"):
+            train.set_epoch(epoch)
+        passes.append([row["text"] for row in train])
+    assert passes[0] == passes[1] == passes[2] and len(passes[0]) == 2
+
+
+@pytest.mark.parametrize(("texts", "row"), [(["a", None], 1), ([7, 8], 0)])
+def test_a_document_that_is_no_text_is_named_by_its_row(make_icae, tmp_path, texts, row):
+    documents = Dataset.from_dict({"text": texts})
+    args = ICAEPretrainingConfig(output_dir=str(tmp_path), **SHORT_RUN)
+    with pytest.raises(ValueError, match=f"Expected documents that are text, got {texts[row]} in row {row}"):
+        ICAEPretrainingTrainer(make_icae(), args, documents)
+
+
+def test_no_documents_are_refused(make_icae, tmp_path):
+    args = ICAEPretrainingConfig(output_dir=str(tmp_path), **SHORT_RUN)
+    for documents in (DOCUMENTS.take(0), DOCUMENTS.to_iterable_dataset().take(0)):
+        with pytest.raises(ValueError, match="Expected documents, got none"):
+            ICAEPretrainingTrainer(make_icae(), args, documents)
+
+
+@pytest.mark.parametrize("option", [{"max_spans": 0}, {"continuation_length": -1}, {"short_share": 2}])
+def test_numbers_outside_their_range_are_refused(tmp_path, option):
+    with pytest.raises(ValueError, match=f"Expected .*`{next(iter(option))}`"):
+        ICAEPretrainingConfig(output_dir=str(tmp_path), **option)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
+def test_an_adapter_where_nothing_would_be_trained_is_refused(make_icae, name):
+    with pytest.raises(ValueError, match="Expected `lora_target_modules` within the layers of the base, got "):
+        make_icae(lora_target_modules=[name, "q_proj"])
 
 
 def test_a_run_that_was_killed_while_it_wrote_a_checkpoint_goes_on_from_the_one_before(command_line):
@@ -433,6 +597,8 @@ def test_of_each_file_of_documents_so_many_characters_are_drawn_with_the_seed(tm
     # Three of 50 characters reach 120, and all of the other file do not.
     assert len(set(first) & set(long)) == 3 and set(short) < set(first) and len(first) == 5
     assert list(first) == list(again) and set(first) != set(other)
+    script = ScriptArguments(train_files=[str(tmp_path / "*.parquet")], document_characters=120)  # as in a YAML file
+    assert list(load_data(script, 1, "text")[0]["text"]) == list(first)
 
 
 @pytest.mark.parametrize(

@@ -35,11 +35,13 @@ from icae.model_cards.card import PAPER, TAGS
 from icae.model_cards.facts import is_hub_id
 from icae.modeling_icae import ICAEForConditionalGeneration, ICAEMemory, ICAEOutput
 
+from .average import ARCHITECTURE
 from .training_config import ICAETrainingConfig
 
 
 logger = logging.get_logger(__name__)
 SHORT_NAMES = {"autoencoding": "ae", "continuation": "lm", "instruction": "response"}
+ENDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 GROUPS = {"memory_embeddings": "slots", "task_embeddings": "tasks"}  # all others: the adapter
 
 
@@ -116,10 +118,17 @@ class ICAETrainer(SFTTrainer):
                 "choose one GPU with CUDA_VISIBLE_DEVICES."
             )
         model.tokenizer = processing_class or model.tokenizer
+        configs = (model.config.text_config, model.generation_config)
+        self._ends = [(config, {name: getattr(config, name, None) for name in ENDS}) for config in configs]
         train_dataset = self._prepare(train_dataset, model, args, training=True)
         self._check_positions(train_dataset, model, args)
         if eval_dataset is not None:
             eval_dataset = self._prepare_held_out(eval_dataset, model, args)
+        streamed, dispatch = isinstance(eval_dataset, IterableDataset), args.accelerator_config.dispatch_batches
+        if streamed and isinstance(train_dataset, Dataset) and dispatch is None:
+            args.accelerator_config.dispatch_batches = (
+                False  # rows of a batch differ in length, and cannot be dealt out
+            )
         self.card = CardCallback(self)
         self._uploads = ThreadPoolExecutor(max_workers=1)
         super().__init__(
@@ -129,7 +138,7 @@ class ICAETrainer(SFTTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=model.tokenizer,
-            callbacks=[*(callbacks or []), _GradientNorms(self), _BestCheckpoint(), self.card],
+            callbacks=[*(callbacks or []), _AsPrepared(self), _GradientNorms(self), _BestCheckpoint(), self.card],
             optimizers=optimizers,
         )
         if self.is_fsdp_enabled:
@@ -219,12 +228,11 @@ class ICAETrainer(SFTTrainer):
         if eval_dataset is not None:
             dataset = eval_dataset = self._prepare_held_out(eval_dataset, self.model, self.args)
         self.model.eval()
-        self._has_control = False
+        self._has_control, self._prefix = False, metric_key_prefix
         self._metrics["eval"].clear()
         self._metrics["eval"]["num_tokens"] = [self.state.num_input_tokens_seen]
         for name, value in self._generation_metrics(dataset).items():
             self._metrics["eval"][name].append(value)
-        # The metrics join the logs in SFTTrainer.log, with the prefix "eval_".
         logs = Trainer.evaluate(self, eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
         if not self._has_control:
             logger.warning(
@@ -246,7 +254,9 @@ class ICAETrainer(SFTTrainer):
             # Each process has measured its own part of the held-out data; decisions on the means must be the same.
             parts = gather_object([dict(self._metrics["eval"])])
             for name in {name for part in parts for name in part}:
-                self._metrics["eval"][name] = [value for part in parts for value in part.get(name, ())]
+                values = [value for part in parts for value in part.get(name, ())]
+                logs[f"{self._prefix}_{name}"] = sum(values) / len(values)
+            self._metrics["eval"].clear()  # SFTTrainer gives them the prefix "eval" whatever was asked for
         super().log(logs, start_time)
 
     @torch.no_grad()
@@ -280,6 +290,14 @@ class ICAETrainer(SFTTrainer):
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        saved = ICAEConfig.from_pretrained(resume_from_checkpoint)
+        names = (*ARCHITECTURE, "lora_dropout")
+        begun, own = ({name: getattr(config, name) for name in names} for config in (saved, self.model.config))
+        if odd := [name for name in names if own[name] != begun[name]]:
+            raise ValueError(
+                f"Expected a model as the run was begun with, {', '.join(f'{name} {begun[name]}' for name in odd)}, "
+                f"got {', '.join(f'{name} {own[name]}' for name in odd)}: it would not go on exactly."
+            )
         (model or self.model).load_icae_weights(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
@@ -476,6 +494,31 @@ def _warn_if_failed(push: Future) -> None:
 def _warn(what: str, error: BaseException) -> None:
     """Training goes on; what failed to go out lies in the checkpoint's folder."""
     logger.warning(f"A push to the Hub failed, {what} is only in `output_dir`: {error}")
+
+
+class _AsPrepared(TrainerCallback):
+    """Trains what was prepared, in the order that it was begun in, where transformers and accelerate would not."""
+
+    def __init__(self, trainer: ICAETrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        # Transformers has given the configurations the tokenizer's end token, which is not that of the samples, nor,
+        # when the ICAE is loaded again, that of the base.
+        for config, tokens in self.trainer._ends:
+            for name, token in tokens.items():
+                setattr(config, name, token)
+        # With several processes, accelerate does not find the sampler of an epoch that is gone on with.
+        batches: Any = getattr(train_dataloader, "batch_sampler", None)
+        while hasattr(batches, "batch_sampler"):
+            batches = batches.batch_sampler
+        if isinstance(sampler := getattr(batches, "sampler", None), _ShuffledGroupsSampler):
+            sampler.set_epoch(int(state.epoch or 0))
+        if state.epoch and state.epoch >= 1 and not isinstance(self.trainer.train_dataset, Dataset):
+            logger.warning(
+                "The run was interrupted after the first pass through a stream. It goes on with the start of the next "
+                "pass, not exactly where it was."
+            )
 
 
 class _BestCheckpoint(TrainerCallback):

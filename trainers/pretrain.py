@@ -3,7 +3,7 @@
 
 Every field of [`ScriptArguments`], [`ICAEArguments`] and [`ICAEPretrainingConfig`] can stand in the file or, as
 `--field value`, behind it. A run that was interrupted goes on with `--resume true`, exactly where its last checkpoint
-is.
+is (within the first pass through a stream).
 """
 
 from transformers import set_seed

@@ -32,3 +32,8 @@ class ICAEPretrainingConfig(ICAETrainingConfig):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Every trained tensor gets a gradient in every step."}
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.short_share <= 1:
+            raise ValueError(f"Expected `short_share` in [0, 1], got {self.short_share}.")

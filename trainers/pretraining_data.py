@@ -100,9 +100,11 @@ def prepare_pretraining_dataset(
     set in memory; the samples do not depend on it.
 
     Raises:
-        `ValueError`: if `text_column` is missing.
+        `ValueError`: if there are no rows, `text_column` is missing, or a document is no text.
     """
-    columns = dataset.column_names or list(next(iter(dataset)))  # a streamed data set may not know its columns
+    columns = dataset.column_names or list(next(iter(dataset), ()))  # a streamed data set may not know its columns
+    if next(iter(dataset), None) is None:
+        raise ValueError("Expected documents, got none; see what was selected of the data.")
     if text_column not in columns:
         raise ValueError(f"Expected a column {text_column!r} with documents, got {columns}; rename one of them to it.")
 
@@ -133,6 +135,9 @@ def _cut_batch(
     cut: Callable[..., list[tuple[list[int], list[int]]]],
 ) -> dict[str, list]:
     """Contexts and continuations of documents, some with their words shuffled. `code` is the [`code_digest`]."""
+    for index, text in zip(indices, batch[text_column], strict=True):
+        if not isinstance(text, str):
+            raise ValueError(f"Expected documents that are text, got {text!r} in row {index}; filter the rows.")
     rngs = [np.random.default_rng([seed, index]) for index in indices]
     shuffled = [shuffled_share > 0 and rng.random() < shuffled_share for rng in rngs]
     texts = [

@@ -57,6 +57,8 @@ class ICAEPretrainingTrainer(ICAETrainer):
         return samples
 
     def _weights(self, inputs) -> dict[str, float]:
+        if "continuation_ids" not in inputs:  # one task alone has the whole weight
+            return {"autoencoding_weight": 1.0}
         return {"autoencoding_weight": self.args.autoencoding_weight}
 
     def _position_metrics(self, outputs: ICAEOutput) -> dict[str, float]:
@@ -65,9 +67,9 @@ class ICAEPretrainingTrainer(ICAETrainer):
         correct, mask = outputs.token_correct["autoencoding"], outputs.token_masks["autoencoding"]
         places = torch.arange(mask.shape[1], device=mask.device)
         quarter = (4 * places // mask.sum(dim=1, keepdim=True)).clamp(max=3)
-        return {
-            f"ae_accuracy_quarter_{number + 1}": correct[mask & (quarter == number)].float().mean().item()
-            for number in range(4)
+        parts = {number + 1: correct[mask & (quarter == number)] for number in range(4)}
+        return {  # texts of two tokens have none in some quarters
+            f"ae_accuracy_quarter_{number}": hits.float().mean().item() for number, hits in parts.items() if len(hits)
         }
 
     @torch.no_grad()

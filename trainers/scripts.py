@@ -3,7 +3,8 @@
 import gc
 import json
 from dataclasses import dataclass, field
-from itertools import groupby
+from glob import glob
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -66,19 +67,23 @@ class ScriptArguments:
 
 @dataclass
 class ICAEArguments:
-    """Fields of [`ICAEConfig`] for a new model."""
+    """
+    Fields of [`ICAEConfig`] for a new model, by default as there; of a model to go on from, what it is expected to be.
+    """
 
-    memory_type: str = field(default="key_values", metadata={"help": "See ICAEConfig."})
-    span_length: int = field(default=128, metadata={"help": "Tokens compressed at once. Paper: 512."})
-    compression_ratio: float | None = field(default=4.0, metadata={"help": "Tokens per slot. Paper: 4."})
+    memory_type: str | None = field(default=None, metadata={"help": "key_values (default), or hidden_states (paper)."})
+    span_length: int | None = field(
+        default=None, metadata={"help": "Tokens compressed at once. Default: 128. Paper: 512."}
+    )
+    compression_ratio: float | None = field(default=None, metadata={"help": "Tokens per slot. Default and paper: 4."})
     num_memory_slots: int | None = field(default=None, metadata={"help": "Slots per span, instead. Paper: 128."})
-    encoder_layout: str = field(default="uniform", metadata={"help": "Paper: sequential."})
-    decoder_layout: str = field(default="uniform", metadata={"help": "Paper: sequential."})
-    lora_r: int = field(default=32, metadata={"help": "Rank of the adapter. Paper: 128."})
-    lora_alpha: float = field(default=64, metadata={"help": "Scale of the adapter."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter."})
+    encoder_layout: str | None = field(default=None, metadata={"help": "uniform (default), or sequential (paper)."})
+    decoder_layout: str | None = field(default=None, metadata={"help": "uniform (default), or sequential (paper)."})
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapter. Default: 32. Paper: 128."})
+    lora_alpha: float | None = field(default=None, metadata={"help": "Scale of the adapter. Default: 64."})
+    lora_dropout: float | None = field(default=None, metadata={"help": "Dropout of the adapter. Default: 0."})
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules of the adapter. Default: all linear ones. Paper: q_proj v_proj."}
+        default=None, metadata={"help": "Modules of the adapter. Default: all-linear. Paper: q_proj v_proj."}
     )
 
 
@@ -94,17 +99,18 @@ def load_model(script: ScriptArguments, icae: ICAEArguments, *, cpu: bool) -> IC
         options["attn_implementation"] = script.attn_implementation
     embedded = script.base_model == "embedded"
     base = embedded_base() if embedded else script.base_model
-    fields = vars(icae) | {"lora_target_modules": icae.lora_target_modules or "all-linear"}
-    if fields["num_memory_slots"] is not None:
-        fields["compression_ratio"] = None
-    config = ICAEConfig(base_model_name_or_path=EMBEDDED_BASE_ID if embedded else None, **fields)
+    given = {name: value for name, value in vars(icae).items() if value is not None}
+    if given.get("lora_target_modules") == ["all-linear"]:
+        given["lora_target_modules"] = "all-linear"
+    one_for_the_other = {"compression_ratio": None} if "num_memory_slots" in given else {}
+    name = EMBEDDED_BASE_ID if embedded else None
+    config = ICAEConfig(base_model_name_or_path=name, **(one_for_the_other | given))
     if not script.init_from:
         return ICAEForConditionalGeneration.from_base(base, config, **options)
     model = ICAEForConditionalGeneration.from_pretrained(
         script.init_from, base_model=base, is_trainable=True, **options
     )
-    defaults = vars(ICAEArguments())
-    asked = {name: getattr(config, name) for name, value in vars(icae).items() if value != defaults[name]}
+    asked = {name: getattr(config, name) for name in given}
     own = {name: getattr(model.config, name) for name in asked}
     if asked != own:
         raise ValueError(
@@ -135,7 +141,7 @@ def load_documents(script: ScriptArguments, files: list[str] | None, seed: int, 
             f"{'streamed ones' if files else 'none'}; leave it out, or give such files."
         )
     parts = []
-    for file in files:
+    for file in chain(*(sorted(glob(pattern)) or [pattern] for pattern in files)):
         documents = load_parquet([file]).select_columns(text_column).shuffle(seed=seed)
         lengths = np.array([len(text) for text in documents[text_column]])
         before = np.cumsum(lengths) - lengths
@@ -151,6 +157,11 @@ def load_data(script: ScriptArguments, seed: int, text_column: str | None = None
     streaming, evaluation = script.streaming, None
     if not script.train_files and not script.dataset_name:
         raise ValueError("Expected `dataset_name` or `train_files`, got neither; name the data to train on.")
+    if script.eval_split and script.train_files:
+        raise ValueError(
+            f"Expected `eval_files` beside `train_files`, got `eval_split` ({script.eval_split!r}), which is one of a "
+            "`dataset_name`."
+        )
     name = (script.dataset_name, script.dataset_config)
     if text_column is not None:
         train = load_documents(script, script.train_files, seed, text_column)
@@ -160,7 +171,7 @@ def load_data(script: ScriptArguments, seed: int, text_column: str | None = None
         train = load_dataset(*name, split=script.train_split, streaming=streaming)
     if script.eval_files:
         evaluation = load_parquet(script.eval_files)
-    elif script.eval_split and not script.train_files:
+    elif script.eval_split:
         evaluation = load_dataset(*name, split=script.eval_split, streaming=streaming)
     if script.train_samples is not None:
         names = train.column_names or ()
@@ -170,6 +181,8 @@ def load_data(script: ScriptArguments, seed: int, text_column: str | None = None
         else:
             train = train.shuffle(seed=seed)
         train = train.take(script.train_samples)
+        if streaming:  # kept, because every pass would draw others
+            train = Dataset.from_list(list(train), features=train.features)
     return train, evaluation
 
 
@@ -203,18 +216,23 @@ def run(trainer: ICAETrainer, script: ScriptArguments, icae: ICAEArguments) -> N
     output_dir = trainer.args.output_dir
     file = Path(output_dir, "run.json")
     checkpoint = last_checkpoint(output_dir)
-    if checkpoint and not script.resume:
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    if (checkpoint or "steps" in before) and not script.resume:
         raise ValueError(
-            f"Expected a folder without checkpoints, got {output_dir!r}; go on from them with `--resume true`, remove "
-            "them, or give another `--output_dir`."
+            f"Expected a folder without {'checkpoints' if checkpoint else 'a run'}, got {output_dir!r}; go on from "
+            "there with `--resume true`, remove it, or give another `--output_dir`."
         )
     dtype = str(trainer.model.language_model.dtype).removeprefix("torch.")
     record = {"arguments": vars(script) | vars(icae) | {"dtype": dtype}, "seed": trainer.args.seed}
-    if checkpoint is None:
+    if checkpoint is None and "steps" not in before:
         if trainer.is_world_process_zero():
             write_record(file, record)
-    elif file.is_file():
-        before = json.loads(file.read_text())
+    elif before:
+        if before["seed"] != record["seed"]:
+            raise ValueError(
+                f"Expected the seed {before['seed']}, with which the run in {output_dir!r} was begun, got "
+                f"{record['seed']}: it would not go on exactly."
+            )
         if (begun := before["arguments"]["dtype"]) != dtype:
             raise ValueError(
                 f"Expected a base in {begun}, with which the run in {output_dir!r} was begun, got {dtype}: it would "

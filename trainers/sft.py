@@ -3,7 +3,7 @@
 
 Every field of [`SFTArguments`], [`ICAEArguments`] and [`ICAESFTConfig`] can stand in the file or, as `--field value`,
 behind it. `init_from` is the pretrained checkpoint; without it, an untrained model is tuned. A run that was stopped
-goes on with `--resume true`, exactly where its last checkpoint is.
+goes on with `--resume true`, exactly where its last checkpoint is (within the first pass through a stream).
 """
 
 from dataclasses import dataclass, field
@@ -33,6 +33,11 @@ class SFTArguments(ScriptArguments):
 def main(argv: list[str] | None = None) -> None:
     parser = TrlParser((SFTArguments, ICAEArguments, ICAESFTConfig))
     script, icae, config = parser.parse_args_and_config(argv)
+    if script.early_stopping_patience is not None and config.metric_for_best_model is None:
+        raise ValueError(
+            "Expected `metric_for_best_model` beside `early_stopping_patience`, for example `--metric_for_best_model "
+            "eval_loss --load_best_model_at_end true`, got none."
+        )
     set_seed(config.seed)  # before the adapter and the slots get their first values
     model = load_model(script, icae, cpu=config.use_cpu)
     train_dataset, eval_dataset = load_data(script, config.seed, max_prompts=config.max_prompts)

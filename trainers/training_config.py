@@ -18,7 +18,15 @@ UNUSED: dict[str, tuple[Any, str]] = {
     "assistant_only_loss": (False, "the loss is on the last response, and on no other turn"),
     "completion_only_loss": (None, "the loss is on the response only"),
     "chat_template_path": (None, "set `model.tokenizer.chat_template` before the trainer is made"),
-    "eos_token": (None, "set `model.tokenizer.eos_token` before the trainer is made"),
+    "eos_token": (None, "texts end with the `eos_token_id` of the base's configuration"),
+    "pad_token": (None, "what pads a batch is never read"),
+    "dataset_text_field": ("text", "`text_column` of the pretraining stage is the column of the documents"),
+    "shuffle_dataset": (False, "shuffle the rows; samples come in random order anyway"),
+    "truncation_mode": ("keep_start", "nothing is truncated"),
+    "pad_to_multiple_of": (None, "batches are as long as their longest row"),
+    "eval_packing": (None, "rows are not packed"),
+    "packing_strategy": ("bfd", "rows are not packed"),
+    "remove_unused_columns": (False, "the collator chooses the columns"),
     "include_num_input_tokens_seen": ("no", "`num_tokens` of the logs counts context tokens without it"),
     "fp16": (False, "activations of language models leave its range; load the base in bfloat16"),
 }
@@ -87,6 +95,11 @@ class ICAETrainingConfig(SFTConfig):
                 "Expected `packing=False` and `padding_free=False`, got "
                 f"{self.packing} and {self.padding_free}: packed rows would share one memory, and the decoder of one "
                 "text would see the slots of another. Spans of all rows already run as one batch; leave both off."
+            )
+        if self.max_spans < 1 or self.continuation_length < 0:
+            raise ValueError(
+                "Expected `max_spans` of at least 1 and a `continuation_length` of at least 0, got "
+                f"{self.max_spans} and {self.continuation_length}."
             )
         if not 0 <= self.autoencoding_weight <= 1:
             raise ValueError(

@@ -94,6 +94,8 @@ def main(argv: list[str] | None = None) -> None:
 
     if not 0 < arguments.least_gap <= 1:
         raise ValueError(f"Expected a `--least-gap` above 0 and at most 1, got {arguments.least_gap}.")
+    if arguments.samples < 1:
+        raise ValueError(f"Expected at least one of `--samples`, beside the greedy answer, got {arguments.samples}.")
     given = load_rows(arguments.data)
     model = load_model(arguments.model, arguments.base, arguments.dtype)
     prefix_length = len(model._prefix("instruction"))
@@ -104,6 +106,8 @@ def main(argv: list[str] | None = None) -> None:
         return positions_taken(model.config, prefix_length, lengths) + behind <= model._num_positions
 
     dataset = given.select([index for index, row in enumerate(given) if can_be_answered(row)])
+    if not len(dataset):
+        raise ValueError(f"Expected rows that the base has positions for, got {len(given)} that are too long.")
     torch.manual_seed(arguments.seed)
     sampling = {
         "num_return_sequences": arguments.samples,

@@ -14,7 +14,7 @@ from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Value
 
 from icae.evaluation.triples import load_triples
 
@@ -73,12 +73,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     dataset = load_triples(arguments.data)
+    for name in ("context", "prompt", "response"):
+        if dataset.features[name] not in (Value("string"), Value("large_string")):
+            raise ValueError(
+                f"Expected contexts, prompts and responses that are text, got {name}s as {dataset.features[name]}."
+            )
+    others = {"rejected": None} if "rejected" in dataset.column_names else {}  # is of another prompt
 
     def rows() -> Iterator[dict[str, Any]]:
         for index, (context, group) in enumerate(groupby(dataset, lambda row: row["context"])):
             yield from (given := list(group))
             new = quotations(context, arguments.per_context, np.random.default_rng([arguments.seed, index]))
-            yield from (given[-1] | {"prompt": prompt, "response": response} for prompt, response in new)
+            yield from (given[-1] | others | {"prompt": prompt, "response": response} for prompt, response in new)
 
     written = Dataset.from_list(list(rows()), features=dataset.features)
     written.to_parquet(arguments.output)

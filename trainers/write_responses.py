@@ -51,6 +51,10 @@ def main(argv: list[str] | None = None) -> None:
 
         if dataset.features["response"] not in (Value("string"), Value("large_string")):
             raise ValueError(f"Expected responses that are text, got {dataset.features['response']}; decode them.")
+        if None in (responses := dataset["response"][:]):
+            raise ValueError(
+                f"Expected a response in each row, got none in row {responses.index(None)}; filter the rows."
+            )
     model = load_model(arguments.model, arguments.base, arguments.dtype)
     teacher = TokenReader(model.language_model, model, lambda ids: ids)
 
@@ -59,11 +63,16 @@ def main(argv: list[str] | None = None) -> None:
         prompts = model.encode_prompts(batch["prompt"])
         pairs = zip(contexts, prompts, strict=True)
         rows = [{"context_ids": context, "prompt_ids": prompt} for context, prompt in pairs]
-        answers = teacher.answer_ids(rows, arguments.max_new_tokens)
+        taken = arguments.max_new_tokens + len(model._prefix("instruction"))
+        fits = [taken + sum(map(len, row.values())) <= model._num_positions for row in rows]
+        answers = teacher.answer_ids(
+            [row for row, fit in zip(rows, fits, strict=True) if fit], arguments.max_new_tokens
+        )
         texts = model.tokenizer.batch_decode(answers, skip_special_tokens=True)
         unfinished = whole_sentences if arguments.cut else lambda text: ""
         at_end = [len(ids) < arguments.max_new_tokens for ids in answers]
-        return {"written": [text if end else unfinished(text) for text, end in zip(texts, at_end, strict=True)]}
+        written = iter([text if end else unfinished(text) for text, end in zip(texts, at_end, strict=True)])
+        return {"written": [next(written) if fit else "" for fit in fits], "fits": fits}
 
     def teach(row: dict[str, str]) -> dict[str, str | bool]:
         written = row["written"]
@@ -71,7 +80,8 @@ def main(argv: list[str] | None = None) -> None:
         return {"response": written if taught or least is None else row["response"], "taught": taught}
 
     answered = dataset.map(answer, batched=True, batch_size=arguments.batch_size, load_from_cache_file=False)
-    answered = answered.map(teach, remove_columns=["written"], load_from_cache_file=False)
+    too_long = len(answered) - sum(answered["fits"])
+    answered = answered.map(teach, remove_columns=["written", "fits"], load_from_cache_file=False)
     taught = answered.filter(bool, input_columns=["taught"])
     written = taught if least is None else answered
     written.remove_columns("taught").to_parquet(arguments.output)
@@ -81,7 +91,8 @@ def main(argv: list[str] | None = None) -> None:
         rest = f"left out are {others} rows whose answer was empty or {how} after {arguments.max_new_tokens} tokens"
     else:
         rest = f"{others} rows beside them keep theirs"
-    print(f"{len(taught)} responses in {arguments.output}; {rest}")
+    too_long_for = f"; {too_long} of them are too long for the base" if too_long else ""
+    print(f"{len(taught)} responses in {arguments.output}; {rest}{too_long_for}")
 
 
 if __name__ == "__main__":
