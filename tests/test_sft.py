@@ -810,7 +810,7 @@ def test_a_new_run_is_not_mixed_with_an_old_one(config_file, capsys):
         status = main(["sft", "--config", str(config_file), "--max_steps", "1"])
     assert status == 2
     error = capsys.readouterr().err
-    assert "Expected a folder without checkpoints, got" in error and "go on from them with `--resume true`" in error
+    assert "Expected a folder without checkpoints, got" in error and "go on from there with `--resume true`" in error
 
 
 @pytest.mark.parametrize("streaming", ["false", "true"])
