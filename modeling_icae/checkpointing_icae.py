@@ -49,13 +49,17 @@ def checkpointed_forward(model, layer, index: int, checkpoint_func, hidden_state
     adapter_enabled = model.adapter_enabled
     seen = cache.layers[index] if index < len(cache.layers) else None
 
+    gives_tuple = False
+
     def run(hidden_states, keys, values):
+        nonlocal gives_tuple
         view = LayerView(keys, values)
         with model.adapter(adapter_enabled):
             output = forward(hidden_states, *args, **{**kwargs, name: view})
-        return output, view.new_keys, view.new_values
+        gives_tuple = isinstance(output, tuple)  # GPT-J's; re-entrant checkpointing finds no tensors inside of one
+        return *(output if gives_tuple else (output,)), view.new_keys, view.new_values
 
     past = (None, None) if seen is None or not seen.is_initialized else (seen.keys, seen.values)
-    output, keys, values = checkpoint_func(run, hidden_states, *past)
+    *output, keys, values = checkpoint_func(run, hidden_states, *past)
     cache.update(keys, values, index)
-    return output
+    return tuple(output) if gives_tuple else output[0]

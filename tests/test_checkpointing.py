@@ -54,6 +54,16 @@ def test_gradients_of_every_family_are_those_without(make_icae, ragged, family, 
     same(gradients(model, *ragged), expected)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("family", ["gptj", "codegen"])
+def test_gradients_of_layers_that_give_a_tuple_are_those_without(make_icae, ragged, family, use_reentrant):
+    base = make_base(family, n_embd=32, n_layer=2, n_head=4, rotary_dim=8, n_positions=512, n_inner=48)
+    model = make_icae(base=base).train()
+    expected = gradients(model, *ragged)
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    same(gradients(model, *ragged), expected)
+
+
 @pytest.mark.parametrize("layout", ["uniform", "sequential"])
 @pytest.mark.parametrize("memory_type", MEMORY_TYPES)
 def test_the_layout_makes_no_difference(make_icae, ragged, memory_type, layout):

@@ -140,6 +140,7 @@ def test_a_model_that_is_not_there_is_named(tmp_path, capsys):
 
 
 def test_the_demo_shows_every_passage_and_reads_saved_memories_again(options, tmp_path, capsys):
+    assert main(["demo", "--max-passages", "2", "--json", str(tmp_path / "none" / "demo.json"), *options]) == 2
     numbers = tmp_path / "demo.json"
     assert main(["demo", "--max-passages", "2", "--json", str(numbers), *options]) == 0
     printed = capsys.readouterr().out
