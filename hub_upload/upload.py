@@ -10,11 +10,11 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelInfo
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 from huggingface_hub.errors import RevisionNotFoundError
 from transformers.utils import logging
 
-from icae.model_cards import CardFacts, is_changed, is_generated
+from icae.model_cards import CardFacts, is_changed, is_generated, is_written
 from icae.modeling_icae import ICAEForConditionalGeneration
 
 from .checks import check
@@ -102,8 +102,9 @@ def push_model(
         facts = CardFacts() if changed else CardFacts.of(model)
         tags = [tags] if isinstance(tags, str) else tags
         replace(facts, tags=tags or facts.tags).save(checkpoint)
-        if not changed and is_changed(card := Path(model.name_or_path, CARD)):
-            shutil.copyfile(card, Path(checkpoint, CARD))
+        source = Path(model.name_or_path)
+        if not changed and model.name_or_path and (source / "config.json").is_file() and is_changed(source / CARD):
+            shutil.copyfile(source / CARD, Path(checkpoint, CARD))
         return push(checkpoint, repo_id, model=model, **kwargs)
 
 
@@ -157,8 +158,7 @@ def upload(
     replaced = tuple(f"{path}/" for path in subfolders or ())
     there = {sibling.rfilename for sibling in info.siblings or ()}
     if CARD in there & set(files) and is_generated(files[CARD].read_text(encoding="utf-8")):
-        card = _content(api, info, CARD)
-        if _has_text(card) and not is_generated(card):
+        if is_written(_content(api, info, CARD)):
             logger.warning(
                 f"The card of {info.id} stays as somebody wrote it; delete it there to have it written anew."
             )
@@ -233,8 +233,3 @@ def _content(api: HfApi, info: ModelInfo, name: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         file = api.hf_hub_download(info.id, name, revision=info.sha, local_dir=folder)
         return Path(file).read_text(encoding="utf-8")
-
-
-def _has_text(card: str) -> bool:
-    """Whether a card says anything behind its metadata, which the Hub's page for new repositories writes."""
-    return bool(ModelCard(card, ignore_metadata_errors=True).text.strip())

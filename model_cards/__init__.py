@@ -1,6 +1,6 @@
 """What readers of the Hub see: model cards, filled while a model is trained."""
 
-from .card import is_changed, is_generated, model_card, write_card
+from .card import is_changed, is_generated, is_written, model_card, write_card
 from .facts import CARD_FACTS, CardFacts, DataSource, Evaluation, TrainingStage
 
 
@@ -12,6 +12,7 @@ __all__ = [
     "TrainingStage",
     "is_changed",
     "is_generated",
+    "is_written",
     "model_card",
     "write_card",
 ]

@@ -213,9 +213,14 @@ def is_generated(card: str) -> bool:
     return card == text + _mark(text)
 
 
+def is_written(card: str) -> bool:
+    """Whether somebody wrote or changed a card; one of metadata alone is that of the Hub's page for new models."""
+    return not is_generated(card) and bool(ModelCard(card, ignore_metadata_errors=True).text.strip())
+
+
 def is_changed(card: Path) -> bool:
     """Whether a card lies there that somebody wrote or changed."""
-    return card.is_file() and not is_generated(card.read_text(encoding="utf-8"))
+    return card.is_file() and is_written(card.read_text(encoding="utf-8"))
 
 
 def _mark(text: str) -> str:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 CONTEXT_MARK, CONTENT_MARK = "<<icae-context>>", "<<icae-content>>"
 TOKENIZING = threading.Lock()  # whether control tokens are text is a switch in the tokenizer, which threads share
+WRITTEN: dict[str, str] = {}  # by chat template, see `_template`
 NEUTRAL = ("\n", "0", ".")  # texts whose tokens seldom join with those of a text behind them
 
 
@@ -103,13 +104,24 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
     return rows
 
 
+def _is_read(tokenizer: PreTrainedTokenizerBase, key: str) -> bool:
+    """Whether a chat template reads this field of a message."""
+    return re.search(rf"\b{re.escape(key)}\b", str(tokenizer.chat_template)) is not None
+
+
 def _template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template and what it writes, whose names it may put together ("<|" + role + "|>")."""
-    if tokenizer.chat_template is None:
-        return ""
-    user = [{"role": "user", "content": CONTENT_MARK}]
-    written = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
-    return f"{tokenizer.chat_template}{written}"
+    """A chat template and what it writes for each role, whose names it may put together ("<|" + role + "|>")."""
+    template = str(tokenizer.chat_template)
+    if tokenizer.chat_template is not None and template not in WRITTEN:
+        parts = [template]
+        for role in ("system", "user", "assistant", "tool"):
+            try:
+                message = {"role": role, "content": CONTENT_MARK}
+                parts += [tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)]
+            except Exception:  # templates refuse what they do not know, each in its own way
+                pass
+        WRITTEN[template] = "".join(map(str, parts))
+    return WRITTEN.get(template, "")
 
 
 def encode_contexts(tokenizer: PreTrainedTokenizerBase, context: str | list[str]) -> list[list[int]]:
@@ -133,12 +145,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
     for message in messages:
         if not isinstance(message.get("content"), str):
             raise ValueError(f"Expected messages with a text as their content, got {message!r}.")
-        # The template writes these as its own words, in which names of control tokens are control tokens.
-        more = [key for key, value in message.items() if value and key not in ("role", "content")]
-        if more or not re.fullmatch(r"\w+", message.get("role") or ""):
+        # A template writes these as its own words, in which names of control tokens are control tokens.
+        read = [key for key, value in message.items() if value and _is_read(tokenizer, key)]
+        role = message.get("role")
+        if {*read} - {"role", "content"} or not isinstance(role, str) or not re.fullmatch(r"\w+", role):
             raise ValueError(
-                f"Expected messages of a `role` in one word and a `content`, got {message!r}; put what else the model "
-                "should read into the content."
+                "Expected messages of a `role` in one word and a `content`, beside which the chat template reads "
+                f"nothing, got {message!r}; put what else the model should read into the content."
             )
     if [message.get("role") for message in messages[-1:]] == ["assistant"]:
         raise ValueError(

@@ -83,6 +83,7 @@ class ICAEPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: ICAEConfig, base_model: PreTrainedModel | None = None):
         super().__init__(config)
+        config._attn_implementation_internal = None  # the base has its own; what is set here was asked for
         if base_model is None:
             base_model = AutoModelForCausalLM.from_config(config.text_config)
         config.text_config = base_model.config
@@ -93,8 +94,7 @@ class ICAEPreTrainedModel(PreTrainedModel):
         self.task_embeddings = nn.Parameter(torch.empty(2, size, device=embeddings.device))  # [AE], [LM]
         self.generation_config = copy.deepcopy(base_model.generation_config)
         self.generation_config.use_cache = True  # some bases are saved without, as they were trained
-        if self.generation_config.eos_token_id is None or len(self.end_token_ids) > 1:
-            self.generation_config.eos_token_id = self.end_token_ids
+        self._fill_ends()
         self.post_init()
         self._initialize_slots()
 
@@ -223,8 +223,8 @@ class ICAEPreTrainedModel(PreTrainedModel):
                 it compresses on another base is of another model.
             kwargs:
                 Hub arguments (`revision`, `token`, `cache_dir`, …) or arguments of
-                `AutoModelForCausalLM.from_pretrained` for the base (`dtype`, by default that of its training,
-                `device_map`, `quantization_config`, …).
+                `AutoModelForCausalLM.from_pretrained` for the base (`dtype`, by default and with `"auto"` that of its
+                training, `device_map`, `quantization_config`, …).
 
         Raises:
             `ValueError`: if the base cannot be found or is another one, or if a file is missing or damaged.
@@ -244,14 +244,15 @@ class ICAEPreTrainedModel(PreTrainedModel):
         else:
             shared = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
             revision = config.base_model_revision if base_model is None else None
-            if config.text_config.dtype is not None and not {"dtype", "torch_dtype"} & kwargs.keys():
-                kwargs["dtype"] = config.text_config.dtype  # as in training, not as stored, which may be float16
+            dtype = getattr(config.text_config, "dtype", None)
+            if dtype is not None and "torch_dtype" not in kwargs and kwargs.get("dtype", "auto") == "auto":
+                kwargs["dtype"] = dtype  # as in training, not as stored, which may be float16
             if config._attn_implementation is not None:  # where AutoModel puts it
                 kwargs.setdefault("attn_implementation", config._attn_implementation)
             base = _load_base(base_model or config.base_model_name_or_path, revision=revision, **shared, **kwargs)
         _check_base(base)
         found, known, other_base = _base_fingerprint(base), config.base_model_fingerprint, None
-        if found is not None and known is not None and _differ(found, known):
+        if bases_differ(found, known):
             if verify_base:
                 raise ValueError(
                     f"Expected the base model {config.base_model_name_or_path!r} (fingerprint "
@@ -267,9 +268,15 @@ class ICAEPreTrainedModel(PreTrainedModel):
         model.name_or_path, model._hub_kwargs = path, hub
         try:
             model.generation_config = GenerationConfig.from_pretrained(path, **hub)
+            model._fill_ends()
         except OSError:
             pass  # the base's own, copied in __init__
         return model.eval()
+
+    def _fill_ends(self) -> None:
+        """Answers end where the base's texts end, too, also if its generation_config does not say so."""
+        if self.generation_config.eos_token_id is None or len(self.end_token_ids) > 1:
+            self.generation_config.eos_token_id = self.end_token_ids
 
     def load_icae_weights(self, path: str | os.PathLike, **hub_kwargs) -> None:
         """
@@ -334,19 +341,14 @@ class ICAEPreTrainedModel(PreTrainedModel):
         if not is_main_process:
             return
         folder = Path(save_directory)
-        if (config_file := folder / "config.json").is_file():
-            kind = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
-            if kind not in (None, self.config.model_type):
-                raise ValueError(
-                    f"Expected a folder of its own for the ICAE, got {str(folder)!r}, which holds a model of the type "
-                    f"{kind!r}; give another one."
-                )
+        check_folder(folder)
         (folder / ADAPTER_FOLDER).mkdir(parents=True, exist_ok=True)
 
         config = copy.deepcopy(self.config)
         config.architectures = [type(self).__name__]
         config.text_config.__dict__.pop("quantization_config", None)
         config.text_config._name_or_path = ""  # a path of this machine; `base_model_name_or_path` names the base
+        config.text_config.dtype = self.get_input_embeddings().weight.dtype  # which a cast does not tell it
         for name in ("auto_map", "custom_pipelines"):
             config.__dict__.pop(name, None)
         if with_code:
@@ -577,6 +579,17 @@ def _left_alone(config: ICAEConfig, base: PreTrainedModel) -> str | None:
     return "|".join(modules) or None
 
 
+def check_folder(folder: Path) -> None:
+    """Raises a `ValueError` if another kind of model lies in a folder that an ICAE is to be saved in."""
+    file = folder / "config.json"
+    kind = json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.is_file() else None
+    if kind not in (None, ICAEConfig.model_type):
+        raise ValueError(
+            f"Expected a folder of its own for the ICAE, got {str(folder)!r}, which holds a model of the type "
+            f"{kind!r}; give another one."
+        )
+
+
 def _load_base(name: str, **kwargs) -> PreTrainedModel:
     if not name:
         raise ValueError("Expected the name or folder of a base model, got none; pass `base_model`.")
@@ -654,8 +667,10 @@ def _base_fingerprint(base: PreTrainedModel) -> str | None:
     return "-".join(_digest(tensors) for tensors in parts)
 
 
-def _differ(fingerprint: str, other: str) -> bool:
-    """Whether two fingerprints are of different bases; one may be shorter, of a quantised base."""
+def bases_differ(fingerprint: str | None, other: str | None) -> bool:
+    """Whether two fingerprints are of different bases; one may be shorter, of a quantised base, or not known."""
+    if fingerprint is None or other is None:
+        return False
     return any(a != b for a, b in zip(fingerprint.split("-"), other.split("-"), strict=False))
 
 

@@ -529,6 +529,16 @@ def test_a_card_that_somebody_changed_goes_along_with_the_model(hub, verified, c
     assert hub.repositories[REPO].files()["README.md"] == b"My own words."
 
 
+def test_the_readme_of_the_current_folder_is_no_card(hub, verified, make_model, tmp_path, monkeypatch):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "README.md").write_text("My project.", encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "project")
+    model = make_model()
+    model.requires_grad_(False)
+    model.push_to_hub(REPO)
+    assert b"My project." not in hub.repositories[REPO].files()["README.md"]
+
+
 def test_of_a_checkpoint_to_resume_from_nothing_older_is_left(hub, folder, tmp_path):
     old = ["last-checkpoint/global_step1/optimizer.pt", "last-checkpoint/old.txt", "last-checkpoints/mine.txt"]
     hub.put(REPO, dict.fromkeys(old, b"old"))

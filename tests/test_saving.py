@@ -5,7 +5,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from icae import ICAEConfig, ICAEForConditionalGeneration
 from tiny import make_base
@@ -369,7 +369,41 @@ def test_the_base_is_loaded_as_it_was_in_training_not_as_it_is_stored(make_icae,
     model = ICAEForConditionalGeneration.from_base(str(base_folder), config, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "trained")
     assert AutoModel.from_pretrained(tmp_path / "trained").dtype == torch.bfloat16
-    assert AutoModel.from_pretrained(tmp_path / "trained", dtype=torch.float32).dtype == torch.float32
+    assert (
+        AutoModel.from_pretrained(tmp_path / "trained", dtype="auto").dtype == torch.bfloat16
+    )  # as the pipeline asks
+    again = AutoModel.from_pretrained(tmp_path / "trained", dtype=torch.float32)
+    assert again.dtype == torch.float32
+    again.save_pretrained(tmp_path / "again")
+    assert AutoModel.from_pretrained(tmp_path / "again").dtype == torch.float32
+
+    cast = AutoModelForCausalLM.from_pretrained(base_folder).to(torch.bfloat16)
+    ICAEForConditionalGeneration.from_base(cast, config).save_pretrained(tmp_path / "cast")
+    assert AutoModel.from_pretrained(tmp_path / "cast").dtype == torch.bfloat16
+
+
+def test_a_configuration_that_is_given_needs_no_base_s(saved, base_folder):
+    model, folder = saved
+    config = ICAEConfig(base_model_name_or_path=str(base_folder), span_length=16, lora_r=4, lora_alpha=8)
+    config.memory_type = model.config.memory_type
+    assert ICAEForConditionalGeneration.from_pretrained(folder, config=config).fingerprint != ""
+
+
+def test_the_attention_that_was_chosen_for_a_base_is_not_asked_of_another(tmp_path, tokenizer):
+    """GPT-J has no sdpa, which transformers writes into the configuration of what holds it."""
+    make_base("gptj", n_embd=32, n_layer=2, n_head=4, rotary_dim=8, n_positions=64).save_pretrained(tmp_path / "base")
+    model = ICAEForConditionalGeneration.from_base(str(tmp_path / "base"), ICAEConfig(span_length=16, lora_r=4))
+    model.save_pretrained(tmp_path / "icae")
+    for load in (AutoModel, ICAEForConditionalGeneration):
+        again = load.from_pretrained(tmp_path / "icae", config=model.config)
+        assert again.language_model.config._attn_implementation == "eager"
+
+
+def test_a_checkpoint_whose_answers_were_saved_without_an_end_token_ends_them(saved):
+    _, folder = saved
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": None}))
+    assert ICAEForConditionalGeneration.from_pretrained(folder).generation_config.eos_token_id == [2]
 
 
 def test_auto_classes_pass_the_attention_on(saved):

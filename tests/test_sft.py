@@ -715,7 +715,6 @@ def test_mixed_in_contexts_that_the_base_could_not_write_out_are_refused(
         ("shuffle_dataset", True),
         ("truncation_mode", "keep_end"),
         ("pad_to_multiple_of", 8),
-        ("eval_packing", True),
         ("packing_strategy", "wrapped"),
         ("remove_unused_columns", True),
         ("include_num_input_tokens_seen", "all"),
@@ -810,7 +809,7 @@ def test_a_new_run_is_not_mixed_with_an_old_one(config_file, capsys):
         status = main(["sft", "--config", str(config_file), "--max_steps", "1"])
     assert status == 2
     error = capsys.readouterr().err
-    assert "Expected a folder without checkpoints, got" in error and "go on from there with `--resume true`" in error
+    assert "Expected a folder without checkpoints, got" in error and "go on from them with `--resume true`" in error
 
 
 @pytest.mark.parametrize("streaming", ["false", "true"])
@@ -958,6 +957,8 @@ def test_answers_of_full_length_are_cut_or_left_out_and_those_unlike_the_respons
     assert written("--cut") == ["a b.", "a b c.", "b"] and len(asked) == 3
     assert "1 of them are too long for the base" in capsys.readouterr().out
     assert written("--cut", "--least-overlap", "0") == ["a b.", "a b c", "a b c.", "b"]
+    monkeypatch.setattr(TokenReader, "answer_ids", lambda _, rows, limit: [ids[3] for _ in rows] if rows else 1 / 0)
+    assert written("--batch-size", "1") == ["b"] * 3  # one batch is of the row that is too long alone
 
 
 @pytest.mark.parametrize(

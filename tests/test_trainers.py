@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 from icae import ICAEForConditionalGeneration
 from icae.trainers import ICAEPretrainingConfig, ICAEPretrainingTrainer
-from icae.trainers.icae_trainer import _rows_of_other_texts
+from icae.trainers.icae_trainer import _AsPrepared, _rows_of_other_texts
 from icae.trainers.scripts import ICAEArguments, ScriptArguments, load_data
 from tiny import SHORT_RUN, STYLE, made_under, make_base, written_in_evaluation
 
@@ -120,16 +120,19 @@ def test_several_processes_go_on_in_the_order_of_the_epoch_that_was_interrupted(
     sharded = prepare_data_loader(loader, num_processes=2, process_index=0, put_on_device=False)
     assert hasattr(sharded.batch_sampler, "batch_sampler") and own.epoch == 0
     trainer.state.epoch = 1.5
-    trainer.callback_handler.train_dataloader = sharded
-    trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+    (callback,) = (one for one in trainer.callback_handler.callbacks if isinstance(one, _AsPrepared))
+    callback.trainer._ends = []
+    callback.on_train_begin(trainer.args, trainer.state, trainer.control, train_dataloader=sharded)
     assert own.epoch == 1
 
 
 def test_training_leaves_the_end_of_texts_as_it_is_whatever_the_tokenizer_says(make_icae, make_trainer):
     model = make_icae(lora_dropout=0.1)
     model.tokenizer.eos_token = "<|im_end|>"
+    trainer = make_trainer(model=model, max_steps=1)
+    model.generation_config.eos_token_id = 3  # by the user, who knows why
     before = model.end_token_ids, model.config.text_config.to_dict(), model.generation_config.to_dict()
-    make_trainer(model=model, max_steps=1).train()
+    trainer.train()
     assert (model.end_token_ids, model.config.text_config.to_dict(), model.generation_config.to_dict()) == before
 
 
@@ -140,6 +143,21 @@ def test_a_run_goes_on_with_the_architecture_that_it_was_begun_with(make_trainer
     message = "Expected a model as the run was begun with, lora_alpha 8, lora_dropout 0.1, got lora_alpha 16, "
     with pytest.raises(ValueError, match=message + "lora_dropout 0.0: it would not go on exactly"):
         make_trainer(model=make_icae(lora_alpha=16)).train(checkpoint)
+
+
+@pytest.mark.parametrize("known", [None, "part"])
+def test_a_run_goes_on_on_a_base_of_which_less_is_known(make_trainer, known):
+    """An offloaded base has no fingerprint, a quantised one a part of it."""
+    trainer = make_trainer(max_steps=3)
+    trainer.train()
+    file = Path(trainer.args.output_dir) / "checkpoint-3" / "config.json"
+    config = json.loads(file.read_text())
+    begun = config["base_model_fingerprint"].split("-")[0] if known else None
+    file.write_text(json.dumps(config | {"base_model_fingerprint": begun}))
+    make_trainer(max_steps=4).train(str(file.parent))
+    file.write_text(json.dumps(config | {"base_model_fingerprint": "0123456789abcdef"}))
+    with pytest.raises(ValueError, match=r"Expected the base that the run was begun with \(0123456789abcdef\), got"):
+        make_trainer(max_steps=4).train(str(file.parent))
 
 
 def test_evaluations_of_several_sets_have_their_own_names(make_trainer):
@@ -423,11 +441,39 @@ def test_a_finished_run_without_checkpoints_is_not_trained_over(command_line, ca
     assert main(config) == 0
     run = command_line / "run"
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
-    assert main(config) == 2
-    assert "Expected a folder without a run, got" in capsys.readouterr().err
+    for options in ([], ["--resume", "true", "--max_steps", "2"], ["--resume", "true", "--max_steps", "-1"]):
+        assert main([*config, *options]) == 2
+        assert "which holds a finished one and no checkpoints to go on from" in capsys.readouterr().err
     assert main([*config, "--resume", "true"]) == 0
     assert "is complete: 1 steps" in capsys.readouterr().out
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+
+def test_a_number_of_slots_beside_the_ratio_of_a_file_takes_its_place(command_line):
+    from icae.cli import main
+
+    options = yaml.safe_load((command_line / "config.yaml").read_text()) | {"compression_ratio": 4}
+    (command_line / "config.yaml").write_text(yaml.dump(options))
+    config = ["pretrain", "--config", str(command_line / "config.yaml"), "--max_steps", "1", "--eval_strategy", "no"]
+    assert main([*config, "--num_memory_slots", "2"]) == 0
+    saved = json.loads((command_line / "run" / "config.json").read_text())
+    assert (saved["compression_ratio"], saved["num_memory_slots"]) == (None, 2)
+    further = ["--init_from", str(command_line / "run"), "--output_dir", str(command_line / "further")]
+    assert main([*config, "--num_memory_slots", "2", *further]) == 0
+
+
+def test_a_run_beside_another_kind_of_model_is_refused_before_it_begins(make_trainer, tmp_path):
+    make_base().save_pretrained(tmp_path / "run")
+    with pytest.raises(ValueError, match="which holds a model of the type 'llama'; give another one"):
+        make_trainer("run")
+
+
+def test_a_run_of_samples_drawn_from_a_stream(command_line, monkeypatch):
+    from icae.cli import main
+
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.01)  # at each end of a tiny file
+    config = ["pretrain", "--config", str(command_line / "config.yaml"), "--max_steps", "2", "--eval_strategy", "no"]
+    assert main([*config, "--streaming", "true", "--train_samples", "2"]) == 0
 
 
 def test_a_run_goes_on_with_its_seed(command_line, capsys):
@@ -451,8 +497,7 @@ def test_every_pass_through_a_stream_has_the_samples_that_were_drawn(command_lin
     train, _ = load_data(script, 1, "text")
     passes = []
     for epoch in range(3):
-        if hasattr(train, "set_epoch"):
-            train.set_epoch(epoch)
+        train.set_epoch(epoch)
         passes.append([row["text"] for row in train])
     assert passes[0] == passes[1] == passes[2] and len(passes[0]) == 2
 
@@ -599,6 +644,9 @@ def test_of_each_file_of_documents_so_many_characters_are_drawn_with_the_seed(tm
     assert list(first) == list(again) and set(first) != set(other)
     script = ScriptArguments(train_files=[str(tmp_path / "*.parquet")], document_characters=120)  # as in a YAML file
     assert list(load_data(script, 1, "text")[0]["text"]) == list(first)
+    Dataset.from_dict({"text": ["a", None]}).to_parquet(files[0])
+    with pytest.raises(ValueError, match=r"Expected documents that are text, got none in row 1 of .*long\.parquet"):
+        load_data(script, 1, "text")
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from icae.model_cards.callback import CardCallback
 from icae.model_cards.card import PAPER, TAGS
 from icae.model_cards.facts import is_hub_id
 from icae.modeling_icae import ICAEForConditionalGeneration, ICAEMemory, ICAEOutput
+from icae.modeling_icae.pretrained_icae import bases_differ, check_folder
 
 from .average import ARCHITECTURE
 from .training_config import ICAETrainingConfig
@@ -118,8 +119,7 @@ class ICAETrainer(SFTTrainer):
                 "choose one GPU with CUDA_VISIBLE_DEVICES."
             )
         model.tokenizer = processing_class or model.tokenizer
-        configs = (model.config.text_config, model.generation_config)
-        self._ends = [(config, {name: getattr(config, name, None) for name in ENDS}) for config in configs]
+        check_folder(Path(args.output_dir))
         train_dataset = self._prepare(train_dataset, model, args, training=True)
         self._check_positions(train_dataset, model, args)
         if eval_dataset is not None:
@@ -204,6 +204,11 @@ class ICAETrainer(SFTTrainer):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             return _ShuffledGroupsSampler(sampler.lengths, sampler.batch_size * self.args.world_size, seed)
         return sampler
+
+    def train(self, *args, **kwargs):
+        configs = (self.model.config.text_config, self.model.generation_config)
+        self._ends = [(config, {name: getattr(config, name, None) for name in ENDS}) for config in configs]
+        return super().train(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs: ICAEOutput = model(**inputs, **self._weights(inputs))
@@ -291,7 +296,12 @@ class ICAETrainer(SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         saved = ICAEConfig.from_pretrained(resume_from_checkpoint)
-        names = (*ARCHITECTURE, "lora_dropout")
+        if bases_differ(saved.base_model_fingerprint, self.model.config.base_model_fingerprint):
+            raise ValueError(
+                f"Expected the base that the run was begun with ({saved.base_model_fingerprint}), got another one "
+                f"({self.model.config.base_model_fingerprint})."
+            )
+        names = [*ARCHITECTURE[1:], "lora_dropout"]  # without the base's fingerprint
         begun, own = ({name: getattr(config, name) for name in names} for config in (saved, self.model.config))
         if odd := [name for name in names if own[name] != begun[name]]:
             raise ValueError(

@@ -102,9 +102,9 @@ def load_model(script: ScriptArguments, icae: ICAEArguments, *, cpu: bool) -> IC
     given = {name: value for name, value in vars(icae).items() if value is not None}
     if given.get("lora_target_modules") == ["all-linear"]:
         given["lora_target_modules"] = "all-linear"
-    one_for_the_other = {"compression_ratio": None} if "num_memory_slots" in given else {}
-    name = EMBEDDED_BASE_ID if embedded else None
-    config = ICAEConfig(base_model_name_or_path=name, **(one_for_the_other | given))
+    if "num_memory_slots" in given:
+        given["compression_ratio"] = None  # which a file may name
+    config = ICAEConfig(base_model_name_or_path=EMBEDDED_BASE_ID if embedded else None, **given)
     if not script.init_from:
         return ICAEForConditionalGeneration.from_base(base, config, **options)
     model = ICAEForConditionalGeneration.from_pretrained(
@@ -131,7 +131,8 @@ def load_documents(script: ScriptArguments, files: list[str] | None, seed: int, 
     documents, drawn with `seed`, as it takes to reach so many characters: the last one may go over.
 
     Raises:
-        `ValueError`: if `document_characters` comes without files, with streaming, or without a column `text_column`.
+        `ValueError`: if `document_characters` comes without files, with streaming, or without a column `text_column`,
+            or if a document is missing.
     """
     if script.document_characters is None:
         return load_parquet(files, script.streaming) if files else None
@@ -142,7 +143,10 @@ def load_documents(script: ScriptArguments, files: list[str] | None, seed: int, 
         )
     parts = []
     for file in chain(*(sorted(glob(pattern)) or [pattern] for pattern in files)):
-        documents = load_parquet([file]).select_columns(text_column).shuffle(seed=seed)
+        documents = load_parquet([file]).select_columns(text_column)
+        if None in (texts := documents[text_column][:]):
+            raise ValueError(f"Expected documents that are text, got none in row {texts.index(None)} of {file}.")
+        documents = documents.shuffle(seed=seed)
         lengths = np.array([len(text) for text in documents[text_column]])
         before = np.cumsum(lengths) - lengths
         parts.append(documents.take(int((before < script.document_characters).sum())))
@@ -182,7 +186,7 @@ def load_data(script: ScriptArguments, seed: int, text_column: str | None = None
             train = train.shuffle(seed=seed)
         train = train.take(script.train_samples)
         if streaming:  # kept, because every pass would draw others
-            train = Dataset.from_list(list(train), features=train.features)
+            train = Dataset.from_list(list(train), features=train.features).to_iterable_dataset()
     return train, evaluation
 
 
@@ -217,13 +221,20 @@ def run(trainer: ICAETrainer, script: ScriptArguments, icae: ICAEArguments) -> N
     file = Path(output_dir, "run.json")
     checkpoint = last_checkpoint(output_dir)
     before = json.loads(file.read_text()) if file.is_file() else {}
-    if (checkpoint or "steps" in before) and not script.resume:
+    if checkpoint and not script.resume:
         raise ValueError(
-            f"Expected a folder without {'checkpoints' if checkpoint else 'a run'}, got {output_dir!r}; go on from "
-            "there with `--resume true`, remove it, or give another `--output_dir`."
+            f"Expected a folder without checkpoints, got {output_dir!r}; go on from them with `--resume true`, remove "
+            "them, or give another `--output_dir`."
+        )
+    complete = "steps" in before and 0 < trainer.args.max_steps <= before.get("max_steps", before["steps"])
+    if not checkpoint and "steps" in before and not (script.resume and complete):
+        raise ValueError(
+            f"Expected a folder without a run, got {output_dir!r}, which holds a finished one and no checkpoints to "
+            "go on from; remove it, or give another `--output_dir`."
         )
     dtype = str(trainer.model.language_model.dtype).removeprefix("torch.")
-    record = {"arguments": vars(script) | vars(icae) | {"dtype": dtype}, "seed": trainer.args.seed}
+    own = {name: getattr(trainer.model.config, name) for name in vars(icae)}
+    record = {"arguments": vars(script) | own | {"dtype": dtype}, "seed": trainer.args.seed}
     if checkpoint is None and "steps" not in before:
         if trainer.is_world_process_zero():
             write_record(file, record)
@@ -238,7 +249,7 @@ def run(trainer: ICAETrainer, script: ScriptArguments, icae: ICAEArguments) -> N
                 f"Expected a base in {begun}, with which the run in {output_dir!r} was begun, got {dtype}: it would "
                 f"not go on exactly. `auto` depends on the machine; set `--dtype {begun}`."
             )
-        if 0 < trainer.args.max_steps <= before.get("max_steps", before.get("steps", 0)):
+        if complete:
             # Transformers would train another step first, inside of an epoch, and more where a run was stopped early.
             trainer.accelerator.print(f"{output_dir} is complete: {before['steps']} steps")
             _end_training(trainer)

@@ -24,7 +24,6 @@ UNUSED: dict[str, tuple[Any, str]] = {
     "shuffle_dataset": (False, "shuffle the rows; samples come in random order anyway"),
     "truncation_mode": ("keep_start", "nothing is truncated"),
     "pad_to_multiple_of": (None, "batches are as long as their longest row"),
-    "eval_packing": (None, "rows are not packed"),
     "packing_strategy": ("bfd", "rows are not packed"),
     "remove_unused_columns": (False, "the collator chooses the columns"),
     "include_num_input_tokens_seen": ("no", "`num_tokens` of the logs counts context tokens without it"),
@@ -90,11 +89,12 @@ class ICAETrainingConfig(SFTConfig):
                     f"Expected `{name}` to be {unused!r}, for it would have no effect here, got "
                     f"{getattr(self, name)!r}: {advice}."
                 )
-        if self.packing or self.padding_free:
+        if self.packing or self.padding_free or self.eval_packing:
             raise ValueError(
-                "Expected `packing=False` and `padding_free=False`, got "
-                f"{self.packing} and {self.padding_free}: packed rows would share one memory, and the decoder of one "
-                "text would see the slots of another. Spans of all rows already run as one batch; leave both off."
+                "Expected `packing`, `eval_packing` and `padding_free` to be off, got "
+                f"{self.packing}, {self.eval_packing} and {self.padding_free}: packed rows would share one memory, "
+                "and the decoder of one text would see the slots of another. Spans of all rows already run as one "
+                "batch; leave all off."
             )
         if self.max_spans < 1 or self.continuation_length < 0:
             raise ValueError(

@@ -65,9 +65,10 @@ def main(argv: list[str] | None = None) -> None:
         rows = [{"context_ids": context, "prompt_ids": prompt} for context, prompt in pairs]
         taken = arguments.max_new_tokens + len(model._prefix("instruction"))
         fits = [taken + sum(map(len, row.values())) <= model._num_positions for row in rows]
-        answers = teacher.answer_ids(
-            [row for row, fit in zip(rows, fits, strict=True) if fit], arguments.max_new_tokens
-        )
+        if not any(fits):
+            return {"written": [""] * len(rows), "fits": fits}
+        fitting = [row for row, fit in zip(rows, fits, strict=True) if fit]
+        answers = teacher.answer_ids(fitting, arguments.max_new_tokens)
         texts = model.tokenizer.batch_decode(answers, skip_special_tokens=True)
         unfinished = whole_sentences if arguments.cut else lambda text: ""
         at_end = [len(ids) < arguments.max_new_tokens for ids in answers]

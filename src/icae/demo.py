@@ -47,8 +47,8 @@ def run_demo(
     """
     if max_passages is not None and max_passages < 1:
         raise ValueError(f"Expected at least one of the passages to show, got `max_passages` {max_passages}.")
-    if json_file and not (folder := Path(json_file).parent).is_dir():  # now, not after all of it
-        raise ValueError(f"Expected a folder for the numbers, found no {str(folder)!r}; make it first.")
+    if json_file and not (place := Path(json_file).parent).is_dir():  # now, not after all of it
+        raise ValueError(f"Expected a folder for the numbers, found no {str(place)!r}; make it first.")
     passages = json.loads(files("icae").joinpath("data/passages.json").read_text(encoding="utf-8"))[:max_passages]
     results, memories = [], []
     for passage in passages:
