@@ -90,15 +90,9 @@ def read_sweep(file: Path) -> dict[str, Any]:
 
 
 def as_words(key: str, value: Any) -> list[str]:
-    """A field as words of a command line."""
+    """A field as words of a command line: `true` and `false`, JSON for a field of several values."""
     values = value if isinstance(value, list) else [value]
-    return [
-        f"--{key}",
-        *(
-            json.dumps(one) if isinstance(one, dict) else str(one).lower() if isinstance(one, bool) else str(one)
-            for one in values
-        ),
-    ]
+    return [f"--{key}", *(json.dumps(one) if isinstance(one, dict | bool) else str(one) for one in values)]
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ class ICAETrainer(SFTTrainer):
     _paper = PAPER
     model: ICAEForConditionalGeneration
     push_in_progress: PushInProgress | None = None
+    _prefix = "eval"  # of the metrics of an evaluation
     _collator: Callable[[], Any]
     _arguments_class: type[ICAETrainingConfig]
 
@@ -126,9 +127,8 @@ class ICAETrainer(SFTTrainer):
             eval_dataset = self._prepare_held_out(eval_dataset, model, args)
         streamed, dispatch = isinstance(eval_dataset, IterableDataset), args.accelerator_config.dispatch_batches
         if streamed and isinstance(train_dataset, Dataset) and dispatch is None:
-            args.accelerator_config.dispatch_batches = (
-                False  # rows of a batch differ in length, and cannot be dealt out
-            )
+            # Rows of a batch differ in length: what one process reads cannot be dealt out.
+            args.accelerator_config.dispatch_batches = False
         self.card = CardCallback(self)
         self._uploads = ThreadPoolExecutor(max_workers=1)
         super().__init__(
@@ -301,7 +301,7 @@ class ICAETrainer(SFTTrainer):
                 f"Expected the base that the run was begun with ({saved.base_model_fingerprint}), got another one "
                 f"({self.model.config.base_model_fingerprint})."
             )
-        names = [*ARCHITECTURE[1:], "lora_dropout"]  # without the base's fingerprint
+        names = [name for name in (*ARCHITECTURE, "lora_dropout") if name != "base_model_fingerprint"]
         begun, own = ({name: getattr(config, name) for name in names} for config in (saved, self.model.config))
         if odd := [name for name in names if own[name] != begun[name]]:
             raise ValueError(

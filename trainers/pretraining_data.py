@@ -103,7 +103,7 @@ def prepare_pretraining_dataset(
         `ValueError`: if there are no rows, `text_column` is missing, or a document is no text.
     """
     columns = dataset.column_names or list(next(iter(dataset), ()))  # a streamed data set may not know its columns
-    if next(iter(dataset), None) is None:
+    if not columns or (isinstance(dataset, Dataset) and not len(dataset)):
         raise ValueError("Expected documents, got none; see what was selected of the data.")
     if text_column not in columns:
         raise ValueError(f"Expected a column {text_column!r} with documents, got {columns}; rename one of them to it.")
