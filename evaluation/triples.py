@@ -1,9 +1,10 @@
 """Files of triples: a context, a prompt about it, and the response."""
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Value, load_dataset
 
 
 COLUMNS = ("context", "prompt", "response")
+TEXT = (Value("string"), Value("large_string"))  # as pandas 3 writes it
 PWC_NAMES = {"input": "context", "answer": "response"}  # `sggetao/PwC`
 
 

@@ -138,7 +138,7 @@ def put_card(folder: str | Path, text: str) -> None:
     """Writes a card into a folder, unless there is one that somebody wrote or changed."""
     card = Path(folder, "README.md")
     if is_changed(card):
-        logger.warning(f"{card} stays as somebody wrote it; remove it to have the card written anew.")
+        logger.warning_once(f"{card} stays as somebody wrote it; remove it to have the card written anew.")
     else:
         card.write_text(text, encoding="utf-8")
 

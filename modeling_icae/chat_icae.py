@@ -80,9 +80,9 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
         and len(token.content.strip()) > 1
         and token.content != tokenizer.unk_token
     }
-    cut = "|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in controls.values())
 
     def encode_cut(text: str) -> list[int]:
+        cut = "|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in controls.values())
         first, *others = re.split(cut, text)
         rows = encode([first, *others])
         for neutral in NEUTRAL:  # in front, because some tokenizers put a blank before whatever they are given
@@ -146,9 +146,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
         if not isinstance(message.get("content"), str):
             raise ValueError(f"Expected messages with a text as their content, got {message!r}.")
         # A template writes these as its own words, in which names of control tokens are control tokens.
-        read = [key for key, value in message.items() if value and _is_read(tokenizer, key)]
+        others = {key for key, value in message.items() if value} - {"role", "content"}
         role = message.get("role")
-        if {*read} - {"role", "content"} or not isinstance(role, str) or not re.fullmatch(r"\w+", role):
+        plain = isinstance(role, str) and re.fullmatch(r"\w+", role)
+        if not plain or any(_is_read(tokenizer, key) for key in others):
             raise ValueError(
                 "Expected messages of a `role` in one word and a `content`, beside which the chat template reads "
                 f"nothing, got {message!r}; put what else the model should read into the content."

@@ -707,8 +707,8 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
 
         Raises:
             `ValueError`: if context and memory are both missing or both given, if a prompt is missing, if the memory
-            is another model's or holds NaN, or if there are too many tokens for the base's positions. (Without
-            `max_new_tokens`, answers end where the positions do.)
+            is another model's or holds NaN, if an option needs a prompt that the task does not have, or if there are
+            too many tokens for the base's positions. (Without `max_new_tokens`, answers end where the positions do.)
         """
         if (context is None) == (memory is None):
             raise ValueError(
@@ -853,6 +853,10 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
 
         A prompt is a text, or a conversation: a list of messages that starts and ends with one of the user's. Token
         ids that this method made are handed through.
+
+        Raises:
+            `ValueError`: if a message has no text, a role of several words, or another field that the chat template
+                reads; if it is not the user's that comes first, or the assistant's that comes last.
         """
         return [
             prompt if _is_list_of(prompt, int) else encode_prompt(self.tokenizer, prompt)

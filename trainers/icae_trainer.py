@@ -70,8 +70,8 @@ class ICAETrainer(SFTTrainer):
     Raises:
         `TypeError`: if the model is a name, or `args` are another trainer's or none.
         `ValueError`: if the model is frozen, a `peft_config` or several sets to evaluate on are given, one process has
-            several GPUs, processes share the model by FSDP, or the base has too few positions for a context of the
-            training data.
+            several GPUs, processes share the model by FSDP, `output_dir` holds another kind of model, or the base has
+            too few positions for a context of the training data.
 
     `trainer.card` ([`CardCallback`]) keeps what the model card states; licence, language and data can be set there.
 

@@ -144,12 +144,13 @@ def load_documents(script: ScriptArguments, files: list[str] | None, seed: int, 
     parts = []
     for file in chain(*(sorted(glob(pattern)) or [pattern] for pattern in files)):
         documents = load_parquet([file]).select_columns(text_column)
-        if None in (texts := documents[text_column][:]):
-            raise ValueError(f"Expected documents that are text, got none in row {texts.index(None)} of {file}.")
-        documents = documents.shuffle(seed=seed)
-        lengths = np.array([len(text) for text in documents[text_column]])
+        shuffled = documents.shuffle(seed=seed)
+        if None in (texts := shuffled[text_column][:]):
+            row = documents[text_column][:].index(None)
+            raise ValueError(f"Expected documents that are text, got none in row {row} of {file}.")
+        lengths = np.array([len(text) for text in texts])
         before = np.cumsum(lengths) - lengths
-        parts.append(documents.take(int((before < script.document_characters).sum())))
+        parts.append(shuffled.take(int((before < script.document_characters).sum())))
     return concatenate_datasets(parts)
 
 

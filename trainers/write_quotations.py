@@ -14,9 +14,9 @@ from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Value
+from datasets import Dataset
 
-from icae.evaluation.triples import load_triples
+from icae.evaluation.triples import TEXT, load_triples
 
 
 QUOTED_WORDS = (4, 8)  # of a quotation in a prompt, at least and at most
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     dataset = load_triples(arguments.data)
     for name in ("context", "prompt", "response"):
-        if dataset.features[name] not in (Value("string"), Value("large_string")):
+        if dataset.features[name] not in TEXT:
             raise ValueError(
                 f"Expected contexts, prompts and responses that are text, got {name}s as {dataset.features[name]}."
             )

@@ -14,12 +14,11 @@ import re
 from itertools import chain
 
 import torch
-from datasets import Value
 
 from icae.cli import add_dtype_argument, load_model
 from icae.evaluation.measures import overlap
 from icae.evaluation.readers import TokenReader
-from icae.evaluation.triples import load_triples
+from icae.evaluation.triples import TEXT, load_triples
 from icae.modeling_icae.chat_icae import encode_contexts
 
 
@@ -49,13 +48,14 @@ def main(argv: list[str] | None = None) -> None:
     if least is not None:
         import rouge_score  # noqa: F401 (of the extra `eval`: it should not be missed after the hours that answers take)
 
-        if dataset.features["response"] not in (Value("string"), Value("large_string")):
+        if dataset.features["response"] not in TEXT:
             raise ValueError(f"Expected responses that are text, got {dataset.features['response']}; decode them.")
         if None in (responses := dataset["response"][:]):
             raise ValueError(
                 f"Expected a response in each row, got none in row {responses.index(None)}; filter the rows."
             )
     model = load_model(arguments.model, arguments.base, arguments.dtype)
+    room = model._num_positions - len(model._prefix("instruction")) - arguments.max_new_tokens  # context and prompt
     teacher = TokenReader(model.language_model, model, lambda ids: ids)
 
     def answer(batch: dict[str, list]) -> dict[str, list]:
@@ -63,8 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         prompts = model.encode_prompts(batch["prompt"])
         pairs = zip(contexts, prompts, strict=True)
         rows = [{"context_ids": context, "prompt_ids": prompt} for context, prompt in pairs]
-        taken = arguments.max_new_tokens + len(model._prefix("instruction"))
-        fits = [taken + sum(map(len, row.values())) <= model._num_positions for row in rows]
+        fits = [sum(map(len, row.values())) <= room for row in rows]
         if not any(fits):
             return {"written": [""] * len(rows), "fits": fits}
         fitting = [row for row, fit in zip(rows, fits, strict=True) if fit]
