@@ -285,6 +285,17 @@ def test_evaluation_reports_the_control_and_real_reconstructions(make_trainer):
     assert other.task_losses["autoencoding"] != output.task_losses["autoencoding"]
 
 
+def test_means_of_an_evaluation_are_over_tokens_however_its_rows_are_batched(make_trainer):
+    def measured(batch_size):
+        trainer = make_trainer(per_device_eval_batch_size=batch_size)
+        trainer.evaluate()
+        names = ("ae_loss", "ae_accuracy", "ae_accuracy_quarter_4", "lm_loss", "lm_accuracy")
+        return [trainer.state.log_history[-1][f"eval_{name}"] for name in names]
+
+    rows = len(make_trainer().eval_dataset)
+    assert rows % 4 and measured(4) == pytest.approx(measured(rows), rel=1e-5)
+
+
 def test_evaluation_is_greedy_whatever_style_of_answers_the_base_asks_for(make_trainer):
     assert written_in_evaluation(make_trainer(), **STYLE) == written_in_evaluation(make_trainer())
 

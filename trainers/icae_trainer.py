@@ -4,6 +4,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +193,8 @@ class ICAETrainer(SFTTrainer):
         """Metrics of texts that are really written."""
         return {}
 
-    def _position_metrics(self, outputs: ICAEOutput) -> dict[str, float]:
-        """Metrics by the position in the text."""
+    def _hits_by_place(self, outputs: ICAEOutput) -> dict[str, torch.Tensor]:
+        """Where the most likely token is the target, for metrics by the place in the text."""
         return {}
 
     # ------------------------------------------------------------------------------------------------------- training
@@ -235,9 +236,9 @@ class ICAETrainer(SFTTrainer):
         self.model.eval()
         self._has_control, self._prefix = False, metric_key_prefix
         self._metrics["eval"].clear()
-        self._metrics["eval"]["num_tokens"] = [self.state.num_input_tokens_seen]
+        self._count("num_tokens", self.state.num_input_tokens_seen)
         for name, value in self._generation_metrics(dataset).items():
-            self._metrics["eval"][name].append(value)
+            self._count(name, value)
         logs = Trainer.evaluate(self, eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
         if not self._has_control:
             logger.warning(
@@ -259,8 +260,9 @@ class ICAETrainer(SFTTrainer):
             # Each process has measured its own part of the held-out data; decisions on the means must be the same.
             parts = gather_object([dict(self._metrics["eval"])])
             for name in {name for part in parts for name in part}:
-                values = [value for part in parts for value in part.get(name, ())]
-                logs[f"{self._prefix}_{name}"] = sum(values) / len(values)
+                values, counts = zip(*chain(*(part.get(name, ()) for part in parts)), strict=True)
+                weighed = (value * count for value, count in zip(values, counts, strict=True))
+                logs[f"{self._prefix}_{name}"] = sum(weighed) / sum(counts)
             self._metrics["eval"].clear()  # SFTTrainer gives them the prefix "eval" whatever was asked for
         super().log(logs, start_time)
 
@@ -268,21 +270,26 @@ class ICAETrainer(SFTTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         outputs: ICAEOutput = model(**inputs, **self._weights(inputs))
-        metrics = self._metrics["eval"]
-        for task, loss in outputs.task_losses.items():
-            metrics[f"{SHORT_NAMES[task]}_loss"].append(loss.item())
-        for task, mask in outputs.token_masks.items():
-            accuracy = outputs.token_correct[task][mask].float().mean().item()
-            metrics[f"{SHORT_NAMES[task]}_accuracy"].append(accuracy)
-        for name, value in self._position_metrics(outputs).items():
-            metrics[name].append(value)
+        targets = {task: int(mask.sum()) for task, mask in outputs.token_masks.items()}
+        hits = {
+            f"{SHORT_NAMES[task]}_accuracy": outputs.token_correct[task][mask]
+            for task, mask in outputs.token_masks.items()
+        }
+        for task, count in targets.items():
+            self._count(f"{SHORT_NAMES[task]}_loss", outputs.task_losses[task].item(), count)
+        for name, found in (hits | self._hits_by_place(outputs)).items():
+            self._count(name, found.float().mean().item(), len(found))
         other = _rows_of_other_texts(inputs["context_ids"], inputs["context_mask"])
         if other is not None and self._have_room(outputs.memory, outputs.token_masks):
             self._has_control = True
             outputs_other = model(**inputs, memory=outputs.memory[other], **self._weights(inputs))
-            for task, loss in outputs_other.task_losses.items():
-                metrics[f"{SHORT_NAMES[task]}_loss_other_text"].append(loss.item())
+            for task, count in targets.items():
+                self._count(f"{SHORT_NAMES[task]}_loss_other_text", outputs_other.task_losses[task].item(), count)
         return outputs.loss, None, None
+
+    def _count(self, name: str, value: float, count: int = 1) -> None:
+        """Notes a metric of the evaluation, the mean of so many tokens: that of all must not depend on the batches."""
+        self._metrics["eval"][name].append((value, count))
 
     def _have_room(self, memory: ICAEMemory, texts: dict[str, torch.Tensor]) -> bool:
         """Whether the base has positions for the longest text of each task behind the memory of any other row."""

@@ -61,16 +61,15 @@ class ICAEPretrainingTrainer(ICAETrainer):
             return {"autoencoding_weight": 1.0}
         return {"autoencoding_weight": self.args.autoencoding_weight}
 
-    def _position_metrics(self, outputs: ICAEOutput) -> dict[str, float]:
+    def _hits_by_place(self, outputs: ICAEOutput) -> dict[str, torch.Tensor]:
         if "autoencoding" not in outputs.token_correct:
             return {}
         correct, mask = outputs.token_correct["autoencoding"], outputs.token_masks["autoencoding"]
         places = torch.arange(mask.shape[1], device=mask.device)
         quarter = (4 * places // mask.sum(dim=1, keepdim=True)).clamp(max=3)
         parts = {number + 1: correct[mask & (quarter == number)] for number in range(4)}
-        return {  # texts of two tokens have none in some quarters
-            f"ae_accuracy_quarter_{number}": hits.float().mean().item() for number, hits in parts.items() if len(hits)
-        }
+        # Texts of two tokens have none in some quarters.
+        return {f"ae_accuracy_quarter_{number}": hits for number, hits in parts.items() if len(hits)}
 
     @torch.no_grad()
     def _generation_metrics(self, dataset) -> dict[str, float]:
