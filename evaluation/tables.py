@@ -160,10 +160,14 @@ def _limits(record: Record) -> str:
     arguments, cut = record["arguments"], record["answers_at_the_limit"]
     limit, longest = arguments["max_new_tokens"], arguments["max_context_length"]
     longer, left_out = record["references_above_the_limit"], record["rows_left_out_as_too_long"]
+    drawn = f"""\
+Prompts are drawn from those about contexts of at most {longest:,}
+tokens; {left_out:,} are about longer ones."""
+    if not left_out:
+        drawn = "Prompts are drawn from\nall of the file, none of whose contexts is too long to take part."
     return f"""\
 Answers end after {limit} tokens at the latest, which {cut["icae"]} from slots and {cut["full context"]} from the full
-context reach; {longer} references are longer. Prompts are drawn from those about contexts of at most {longest:,}
-tokens; {left_out:,} are about longer ones."""
+context reach; {longer} references are longer. {drawn}"""
 
 
 def by_source(record: Record) -> str:

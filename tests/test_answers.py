@@ -393,6 +393,9 @@ def test_answers_that_reach_the_limit_and_longer_references_are_counted(saved, l
     assert record["references_above_the_limit"] == sum(len(response) > limit for response in TRIPLES["response"])
     shown = tables.answers(record)
     assert f"Answers end after {limit} tokens at the latest" in shown and "4 references are longer" in shown
+    assert record["rows_left_out_as_too_long"] == 0 and "none of whose contexts is too long" in shown
+    shown = tables.answers(record | {"rows_left_out_as_too_long": 7})
+    assert "those about contexts of at most 768\ntokens; 7 are about longer ones" in shown
     del record["answers_at_the_limit"]  # as records of earlier versions lack it
     assert "Answers end after" not in tables.answers(record)
 
