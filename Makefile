@@ -93,7 +93,7 @@ $(DONE)/probes: RUN_THIS = evaluate probes --data $(DATA)/validation.parquet \
 $(DONE)/answers: RUN_THIS = evaluate answers --data $(TRIPLES)/validation.parquet --per-source 5 --dtype float32 $(OPTIONAL_READERS)
 BY_SOURCE = evaluate answers --data $(TRIPLES)/validation.parquet --dtype float32 \
   --readers icae "full context" "truncated context" "no context"
-$(DONE)/by_source: RUN_THIS = $(BY_SOURCE) --per-source 40 --max-context-length 1280 \
+$(DONE)/by_source: RUN_THIS = $(BY_SOURCE) --per-source 30 --max-context-length 1280 \
   --output results/answers_by_source.json
 $(DONE)/by_source_penalty: RUN_THIS = $(BY_SOURCE) --per-source 12 --repetition-penalty 1.15 \
   --output results/answers_by_source_penalty.json

@@ -66,10 +66,17 @@ class SlotReader:
     ):
         self.model, self.task, self.other_text = model, task, other_text
         self.repetition_penalty = repetition_penalty
+        self._latest: tuple[list[Row], ICAEMemory] | None = None
+
+    def memories(self, rows: list[Row]) -> ICAEMemory:
+        """The memory that each row is answered from. Losses and answers of the same list of rows share it."""
+        if self._latest is None or self._latest[0] is not rows:
+            self._latest = rows, self._compress(rows)
+        return self._latest[1]
 
     @torch.no_grad()
-    def memories(self, rows: list[Row]) -> ICAEMemory:
-        """The memory that each row is answered from. Neighbours with the same context share its encoder pass."""
+    def _compress(self, rows: list[Row]) -> ICAEMemory:
+        """Neighbours with the same context share its encoder pass."""
         groups = [list(group) for _, group in groupby(rows, lambda row: row["context_ids"])]
         memory = self.model.compress([group[0]["context_ids"] for group in groups])
         if self.other_text:

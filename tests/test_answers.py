@@ -117,6 +117,21 @@ def readers_of_slots_and_tokens(model, **how):
     return SlotReader(model, **how), TokenReader(model.language_model, model, lambda ids: ids, **how)
 
 
+def test_losses_and_answers_of_the_same_rows_are_read_from_one_memory(model, rows, monkeypatch):
+    compressed = []
+    compress = type(model).compress
+
+    def counted(self, contexts):
+        compressed.append(len(contexts))
+        return compress(self, contexts)
+
+    monkeypatch.setattr(type(model), "compress", counted)
+    reader, one, other = SlotReader(model), rows[:2], rows[2:4]
+    found = [(reader.losses(batch), reader.answers(batch, 3)) for batch in (one, other)]
+    assert len(compressed) == 2
+    assert found == [(SlotReader(model).losses(batch), SlotReader(model).answers(batch, 3)) for batch in (one, other)]
+
+
 @pytest.mark.parametrize("sliding_window", [None, 24])
 def test_a_repetition_penalty_is_of_what_the_answer_has_said_and_not_of_prompt_or_context(
     make_icae, rows, sliding_window
