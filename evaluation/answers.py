@@ -22,8 +22,9 @@ and by the frozen base from as many tokens as there are slots:
 Measured are token F1 and exact match (SQuAD), ROUGE, and the loss of the reference answer in nats per token. All means
 are taken over the rows of a source first, then over sources. Intervals hold 95% of 2,000 bootstrap draws of rows
 within each source; all readers share the draws, so that the share of the full context's F1 is compared row by row.
-There are none for one row of each source. `icae_minus` holds the mean differences of each source, `icae` minus each
-other reader, in F1, loss and, where references are long, ROUGE-L: above 0 is better for the scores and worse for loss.
+There are none for one row of each source, and a source with one row adds nothing to their width. `icae_minus` holds
+the mean differences of each source, `icae` minus each other reader, in F1, loss and, where references are long,
+ROUGE-L: above 0 is better for the scores and worse for loss; their intervals are Student's, of the source's rows.
 
 `--repetition-penalty` makes less likely what an answer itself has said, for all readers alike, since a small base that
 is decoded greedily loops. It takes an `--output` of its own, and `kvpress`, which answers by code of its own, cannot
@@ -49,13 +50,14 @@ import numpy as np
 import torch
 from datasets import concatenate_datasets
 from peft import PeftModel
+from scipy.stats import t as student
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from icae.cli import load_model
 from icae.evaluation.answer_files import AnswerFile, Line, digest, forget_other_weights
-from icae.evaluation.arguments import command_line, evaluation_parser, parse, recorded
-from icae.evaluation.documents import batches
+from icae.evaluation.arguments import command_line, evaluation_parser, identity, parse, recorded
+from icae.evaluation.documents import batches, check_filled
 from icae.evaluation.measures import ROUGE, SHORT_ANSWERS, mean, scores
 from icae.evaluation.readers import (
     Reader,
@@ -68,7 +70,7 @@ from icae.evaluation.readers import (
 )
 from icae.evaluation.record import current_commit, write_record
 from icae.evaluation.third_party import KVPressReader, LLMLinguaReader, tool_version
-from icae.evaluation.triples import load_triples
+from icae.evaluation.triples import COLUMNS, load_triples
 from icae.modeling_icae import ICAEForConditionalGeneration
 from icae.modeling_icae.chat_icae import encode_contexts
 
@@ -142,6 +144,9 @@ def main(argv: list[str] | None = None) -> None:
     for reader in compared(model, *optional, arguments.seed, penalty):
         if reader.name not in (arguments.readers or READERS):
             continue
+        if reader.name == "another text's slots" and all(row["context"] == rows[0]["context"] for row in rows):
+            print(f"{reader.name}: left out, for all rows are about one context")
+            continue
         words = re.findall(r"[a-z]+", reader.name.lower().replace("'", ""))
         file = arguments.output.with_suffix("") / f"{'-'.join(words)}.jsonl"
         made_from = {"reader": reader.name, **shared, **reader.made_from}
@@ -163,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     summary = summarize(measured, long)
     record = {
         "what": "answers to held-out prompts",
-        "unit": "intervals of 95%, bootstrap over the rows of each source",
+        "unit": "intervals of 95%: bootstrap over the rows of each source; of differences, Student's",
         "rows": len(rows),
         "rows_left_out_as_too_long": left_out,
         "context_tokens": sum(len(row["context_ids"]) for row in rows),
@@ -202,10 +207,17 @@ def choose_rows(data: str, per_source: int, max_length: int, seed: int, model) -
     """
     tokenizer = model.tokenizer
     dataset = load_triples(data)
+    check_filled(dataset, (*COLUMNS, "source"), data)
+    if not all(isinstance(prompt, str) for prompt in dataset["prompt"]):
+        raise ValueError(
+            "Expected prompts as texts, which can be searched for, got conversations; give their last turns."
+        )
     dataset = dataset.add_column("row", list(range(len(dataset)))).shuffle(seed=seed)
     if "source" not in dataset.column_names:
         dataset = dataset.add_column("source", ["all"] * len(dataset))
-    dataset = dataset.map(lambda row: {"context_ids": [*chain(*encode_contexts(tokenizer, row["context"]))]})
+    # Not `map`, which would find the ids that an earlier version of `encode_contexts` made.
+    ids = [[*chain(*encode_contexts(tokenizer, context))] for context in dataset["context"]]
+    dataset = dataset.add_column("context_ids", ids)
     fitting = dataset.filter(lambda ids: len(ids) <= max_length, input_columns=["context_ids"])
     if not len(fitting):
         raise ValueError(
@@ -249,7 +261,8 @@ def compared(
     """What is compared. Readers of the frozen base depend on an ICAE only by the number of its slots."""
     base = model.language_model  # at rest the frozen base
     frozen = {"base": model.config.base_model_fingerprint}
-    budget = frozen | {"span_length": model.config.span_length, "slots_per_span": model.config.max_slots_per_span}
+    names = ("span_length", "compression_ratio", "num_memory_slots")
+    budget = frozen | {name: getattr(model.config, name) for name in names}
     form = budget | {name: getattr(model.config, name) for name in FORM}
     how: dict[str, Any] = {"repetition_penalty": repetition_penalty}
 
@@ -266,7 +279,7 @@ def compared(
         return TokenReader(adapted, model, lambda ids: ids, **how)
 
     found = [
-        Compared("icae", {"model": model.fingerprint}, lambda: SlotReader(model, **how)),
+        Compared("icae", {"model": identity(model)}, lambda: SlotReader(model, **how)),
         Compared("full context", frozen, lambda: TokenReader(base, model, lambda ids: ids, **how)),
         Compared(
             "truncated context",
@@ -278,7 +291,7 @@ def compared(
         Compared("no context", frozen, lambda: TokenReader(base, model, lambda ids: [], **how)),
         Compared("untrained slots", form | {"seed": seed}, untrained),
         Compared(
-            "another text's slots", {"model": model.fingerprint}, lambda: SlotReader(model, other_text=True, **how)
+            "another text's slots", {"model": identity(model)}, lambda: SlotReader(model, other_text=True, **how)
         ),
     ]
     optional = [Compared("full context, tuned", frozen, None)]
@@ -402,9 +415,10 @@ def minus(one: dict[str, BySource], other: dict[str, BySource], long: set[str]) 
         for name in ("f1", "loss", "rougeL") if source in long else ("f1", "loss"):
             differences = np.subtract(one[name][source], other[name][source]).tolist()  # row by row
             found[source][name] = mean(differences)
-            if len(differences) > 1:
-                draws = draw_means({"difference": {source: differences}})["difference"]
-                found[source][f"{name}_interval"] = _interval(draws)
+            if (rows := len(differences)) > 1:
+                # Student's, for a bootstrap of so few rows would miss a true difference of 0 too often.
+                error = float(np.std(differences, ddof=1)) / rows**0.5 * float(student.ppf(0.975, rows - 1))
+                found[source][f"{name}_interval"] = [found[source][name] - error, found[source][name] + error]
     return found
 
 

@@ -125,15 +125,27 @@ class Parts:
             self.folder.rmdir()
 
 
+def identity(model: ICAEForConditionalGeneration) -> str:
+    """
+    Digest of all that results of an ICAE depend on: its `fingerprint`, which says whose memories it reads, how many
+    slots it makes of a text, and how it reads them.
+    """
+    names = ("span_length", "compression_ratio", "num_memory_slots", "decoder_layout")
+    form = json.dumps([model.fingerprint, *(getattr(model.config, name) for name in names)], sort_keys=True)
+    tasks = model.task_embeddings.detach().float().cpu().numpy().tobytes()
+    return hashlib.sha256(form.encode() + tasks).hexdigest()[:16]
+
+
 def weights_of(reader: Reader, model: ICAEForConditionalGeneration) -> str:
-    """Fingerprint of the weights that a reader's results depend on: the base alone is the same for several ICAEs."""
+    """What a reader's results depend on of the models: the base alone is the same for several ICAEs."""
     base = model.config.base_model_fingerprint
-    return model.fingerprint if isinstance(reader, SlotReader) or base is None else base
+    return identity(model) if isinstance(reader, SlotReader) or base is None else base
 
 
 def finish(parser, argv: list[str] | None, arguments, parts: Parts, numbers: dict[str, Any]) -> None:
     """Writes the results with arguments and command, and with all commits, should parts be of an earlier one."""
-    commits = {"commits": sorted(map(str, parts.commits))} if len(parts.commits) > 1 else {}
+    found = parts.commits | {current_commit()}
+    commits = {"commits": sorted(map(str, found))} if len(found) > 1 else {}
     record = numbers | {"arguments": recorded(arguments)} | commits
     write_record(arguments.output, record, command=command_line(parser, argv))
     parts.remove()

@@ -33,7 +33,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from icae.cli import load_model
-from icae.evaluation.arguments import Parts, evaluation_parser, finish, parse
+from icae.evaluation.arguments import Parts, evaluation_parser, finish, identity, parse
 from icae.evaluation.timing import medians_in_turn, peak_bytes_of
 from icae.modeling_icae import ICAEForConditionalGeneration, ICAEMemory
 
@@ -211,8 +211,8 @@ def random_ids(base, batch: int, length: int, seed: int) -> torch.Tensor:
 
 
 def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 # ------------------------------------------------------------------------------------------------------------ models
@@ -313,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     base = load_plain(next(iter(models.values())))
     cells = []
     parts = Parts(arguments)
-    weights = [model.fingerprint for model in models.values()]
+    weights = [identity(model) for model in models.values()]
     for batch, length in itertools.product(arguments.batches, arguments.contexts):
         cell = parts(
             lambda: measure(base, models, batch, length, arguments),  # noqa: B023

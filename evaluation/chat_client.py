@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -80,19 +81,27 @@ class ChatClient:
             try:
                 with urllib.request.urlopen(request, timeout=600) as response:
                     answer = json.load(response)
-                usage = answer.get("usage") or {}
-                return Reply(
-                    answer["choices"][0]["message"]["content"] or "",
-                    usage.get("prompt_tokens", 0),
-                    usage.get("completion_tokens", 0),
-                )
+                if answer.get("choices"):
+                    usage = answer.get("usage") or {}
+                    return Reply(
+                        answer["choices"][0]["message"]["content"] or "",
+                        usage.get("prompt_tokens", 0),
+                        usage.get("completion_tokens", 0),
+                    )
+                problem, seconds = "a reply without `choices`", ""  # some gateways send errors like this
             except urllib.error.HTTPError as error:
                 if error.code != 429 and error.code < 500:
                     said = error.read().decode(errors="replace")
                     said = said.replace(self.key, "…") if self.key else said
                     raise ValueError(f"Expected a reply of {self.model}, got status {error.code}: {said}") from error
                 problem, seconds = f"status {error.code}", error.headers.get("Retry-After", "")
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            except (
+                urllib.error.URLError,
+                HTTPException,
+                TimeoutError,
+                ConnectionError,
+                json.JSONDecodeError,
+            ) as error:
                 problem, seconds = str(error), ""
             if attempt + 1 < self.attempts:
                 self.wait(float(seconds) if seconds.isdigit() else 2.0**attempt)

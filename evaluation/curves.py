@@ -40,6 +40,11 @@ def read_run(folder: Path, loss: str) -> dict[str, Any]:
     state = json.loads((folder / "trainer_state.json").read_text())
     made = json.loads((folder / RUN).read_text()) if (folder / RUN).is_file() else {}
     evaluations = [entry for entry in state["log_history"] if f"eval_{loss}" in entry]
+    if not evaluations:
+        raise ValueError(
+            f"Expected held-out evaluations with `eval_{loss}` in the log of {str(folder)!r}, got none; train with "
+            "`--eval_files` and `--eval_strategy steps`."
+        )
     return {
         "config": {name: config[name] for name in FIELDS},
         "trained": {name: made[name] for name in ("steps", "seed", "made_by") if name in made}
@@ -89,6 +94,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON file; the plot lies beside it")
     arguments = parser.parse_args(argv)
     runs = {folder.name: read_run(folder, arguments.loss) for folder in arguments.runs}
+    if len(runs) < len(arguments.runs):
+        raise ValueError(f"Expected folders with names of their own, which are shown, got only {list(runs)}; rename.")
     record = {"what": arguments.title, "unit": "nats per target token", "runs": runs}
     write_record(arguments.output, record)
     plot(runs, arguments.loss, arguments.title, arguments.output.with_suffix(".png"))

@@ -2,7 +2,7 @@
 
 import argparse
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,19 @@ def add_document_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that say which text is read."""
     parser.add_argument("--data", help="Parquet or JSON file of documents (columns `text` and, if known, `source`)")
     parser.add_argument("--without", nargs="+", metavar="SOURCE", default=[], help="sources to leave out")
+
+
+def check_filled(rows: Dataset, columns: Iterable[str], file: str) -> None:
+    """
+    Raises:
+        `ValueError`: if a row has nothing in one of the columns.
+    """
+    for column in columns:
+        if column in rows.column_names and (missing := [n for n, value in enumerate(rows[column]) if value is None]):
+            raise ValueError(
+                f"Expected a value in each row of the column {column!r} of {file!r}, got none in {len(missing)}, "
+                f"first in row {missing[0]}; leave these rows out."
+            )
 
 
 def add_window_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +68,7 @@ def load_documents(arguments: argparse.Namespace) -> tuple[Dataset, dict[str, An
     if "source" not in documents.column_names:
         sources = documents["kind"] if "kind" in documents.column_names else ["all"] * len(documents)
         documents = documents.add_column("source", list(sources))
+    check_filled(documents, ("text", "source"), file.name)
     known = sorted(set(documents["source"]))
     if unknown := set(arguments.without) - set(known):
         raise ValueError(f"Expected `--without` to name sources among {known}, got {sorted(unknown)}.")

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     for text in texts:
         memory = model.compress(text)
         ids = torch.tensor(model.tokenizer(text, add_special_tokens=False)["input_ids"])[None]
-        model.language_model(input_ids=ids)
+        model.language_model(input_ids=ids.to(model.device))
         tokens += int(memory.num_tokens)
     record = {
         "what": "largest activation of SmolLM2-135M-Instruct in float32, against the largest float16",

@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
         if missing := [number for number in rows if number not in other.rows]:
             raise ValueError(
                 f"Expected answers to the same rows, got none to {len(missing)} of {len(rows)} in "
-                f"{str(other.path)!r}; answer them too, or compare fewer rows (`--max-rows`)."
+                f"{str(other.path)!r}; answer them too, or take answers to fewer rows as `--answers`."
             )
         results[name] = compare(judge, ours, other, rows, arguments.parallel)
         shown = {key: results[name][key] for key in ("win", "lose", "tie", "on_par")}

@@ -80,9 +80,7 @@ class SlotReader:
         groups = [list(group) for _, group in groupby(rows, lambda row: row["context_ids"])]
         memory = self.model.compress([group[0]["context_ids"] for group in groups])
         if self.other_text:
-            if len(groups) < 2:
-                raise ValueError("Expected two different contexts in a batch of the control, got one; raise it.")
-            memory = memory[next_of_same_source([group[0].get("source") for group in groups])]
+            memory = memory[next_of_same_source([(rows[0].get("source"), rows[0]["context_ids"]) for rows in groups])]
         return memory[[index for index, group in enumerate(groups) for _ in group]]
 
     @torch.no_grad()
@@ -280,15 +278,23 @@ def penalty_behind(columns: int, repetition_penalty: float) -> list[LogitsProces
     return [RepetitionPenaltyLogitsProcessor(repetition_penalty, prompt_ignore_length=columns)]
 
 
-def next_of_same_source(sources: Sequence[str | None]) -> list[int]:
+def next_of_same_source(texts: Sequence[tuple[str | None, list[int]]]) -> list[int]:
     """
-    For each row of a batch the next row of its source, or the next row where its source has no other: whose memory the
-    control reads, so that it is of another text but not of another language or kind.
+    For each source and text of a batch the next other text of its source, or the next of any where its source has no
+    other: whose memory the control reads, so that it is of another text but not of another language or kind.
+
+    Raises:
+        `ValueError`: if all texts are the same.
     """
-    rows, found = len(sources), []
-    for row, source in enumerate(sources):
-        behind = [(row + step) % rows for step in range(1, rows)]
-        found.append(next((one for one in behind if sources[one] == source), behind[0]))
+    rows, found = len(texts), []
+    for row, (source, text) in enumerate(texts):
+        behind = ((row + step) % rows for step in range(1, rows))
+        others = [one for one in behind if texts[one][1] != text]
+        if not others:
+            raise ValueError(
+                "Expected two different texts in each batch of the control, got one; raise `--batch-size`."
+            )
+        found.append(next((one for one in others if texts[one][0] == source), others[0]))
     return found
 
 

@@ -16,7 +16,7 @@ import torch
 from sacrebleu.metrics import BLEU
 from tqdm.auto import tqdm
 
-from icae.evaluation.arguments import Parts, evaluation_parser, finish, named_models, parse
+from icae.evaluation.arguments import Parts, evaluation_parser, finish, identity, named_models, parse
 from icae.evaluation.documents import (
     Window,
     add_document_arguments,
@@ -63,7 +63,7 @@ def read_back(
     ids, follows = (torch.tensor(part, device=model.memory_embeddings.device) for part in zip(*pairs, strict=True))
     memory = model.compress(ids)
     own = model(context_ids=ids, continuation_ids=follows, memory=memory)
-    next_ones = memory[next_of_same_source([window["source"] for window in windows])]
+    next_ones = memory[next_of_same_source([(window["source"], window["ids"]) for window in windows])]
     other = model(context_ids=ids, continuation_ids=follows, memory=next_ones)
     rows = []
     for index, window in enumerate(windows):
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
                 lambda: evaluate(model, alter(windows, kind, model.tokenizer, arguments.seed), length, arguments),  # noqa: B023
                 kind=kind,
                 length=length,
-                weights=model.fingerprint,
+                weights=identity(model),
                 data=about,
             )
             rows += [row | {"kind": kind, "length": length} for row in found]

@@ -276,7 +276,8 @@ def build(results: Path) -> tuple[str, dict[str, bytes]]:
     shown = {section.name for section in SECTIONS} | {Path(name).stem for name in plots}
     others = [file for file in sorted(results.glob("*.json")) if file.stem not in shown]
     if others:
-        lines = [f"- [{file.name}](results/{file.name}): {json.loads(file.read_text())['what']}\n" for file in others]
+        said = {file: json.loads(file.read_text()).get("what", "not a record") for file in others}
+        lines = [f"- [{file.name}](results/{file.name}): {what}\n" for file, what in said.items()]
         parts += ["## Other files\n", "".join(lines)]
     if missing:
         parts += ["## Not measured yet\n", "".join(missing)]

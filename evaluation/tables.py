@@ -46,7 +46,7 @@ def embedded(record: Record) -> str:
                 f"{row['ae_loss']:.2f}",
                 f"{row['ae_loss_other_text']:.1f}",
                 f"{row['ae_accuracy']:.1%}",
-                f"{row['bleu']:.2f}",
+                f"{row['bleu']:.2f}" if "bleu" in row else "–",
                 f"{row['lm_loss']:.2f}",
                 f"{row['lm_loss_other_text']:.2f}",
             ]
@@ -128,11 +128,11 @@ def answers(record: Record) -> str:
             "The frozen base reads the full context or none, or in as many tokens as there are slots the first of\n"
             "the context, a summary that it wrote itself, or the sentences that fit the prompt best (BM25)"
         )
-    learnt = """\
-The ICAE was tuned to answer prompts of these sources, the frozen base was not. "Untrained slots" are those of an ICAE
-before any training."""
+    learnt = '"Untrained slots" are those of an ICAE\nbefore any training.'
+    if record["arguments"]["model"] is None:  # the embedded one
+        learnt = f"The ICAE was tuned to answer prompts of these sources, the frozen base was not. {learnt}"
     if "another text's slots" in record["summary"]:
-        learnt += """ "Another text's slots" are the same tuned ICAE with the memory of another context."""
+        learnt += """ "Another text's slots" are the same ICAE with the memory of another context."""
     if tools := [name for name in ("LLMLingua", "kvpress") if name in record["summary"]]:
         reads += f",\nor what {' and '.join(tools)} leave of it"
     tuned = ""

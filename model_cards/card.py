@@ -81,7 +81,7 @@ CONTROLS = {
     "truncated context": "the frozen base reads as many tokens from the start of the context as there are slots",
     "summary": "the frozen base reads a summary of that length, which it wrote itself",
     "retrieved sentences": "the frozen base reads as many tokens of the sentences that fit the prompt best (BM25)",
-    "LLMLingua": "the frozen base reads the context as LLMLingua-2 shortens it to that length",
+    "LLMLingua": "the frozen base reads the context as LLMLingua shortens it to that length",
     "kvpress": "the frozen base has so many of its own keys and values, those that kvpress keeps",
     "no context": "the frozen base reads the prompt alone",
     "untrained slots": "an ICAE without any training",
@@ -392,12 +392,17 @@ def _duration(seconds: float | None) -> str:
 
 
 def _longest(stages: list[TrainingStage], config: ICAEConfig) -> int | None:
-    """Tokens of the longest contexts trained on, as far as the settings say."""
-    lengths = [stage.settings.get("max_context_length") for stage in stages]
-    lengths += [
-        spans * config.span_length for stage in stages if (spans := stage.settings.get("max_spans")) is not None
-    ]
-    return max((length for length in lengths if length is not None), default=None)
+    """Tokens of the longest contexts trained on, as far as the settings say; `None` if triples had no limit."""
+    lengths = [0]
+    for stage in stages:
+        tunes, settings = stage.name == "ICAE SFT", stage.settings
+        if tunes and settings:
+            if settings.get("max_context_length") is None:
+                return None
+            lengths.append(settings["max_context_length"])
+        if not tunes or settings.get("pretraining_share"):
+            lengths.append(settings.get("max_spans", 0) * config.span_length)
+    return max(lengths) or None
 
 
 def _provenance(evaluation: Evaluation) -> str:

@@ -11,6 +11,7 @@ from icae.cli import main
 from icae.evaluation import answers, tables
 from icae.evaluation.answer_files import AnswerFile, append_lines, read_lines
 from icae.evaluation.answers import choose_rows, draw_means, fill, long_sources, measure, minus, summarize
+from icae.evaluation.arguments import identity
 from icae.evaluation.readers import (
     RetrievalReader,
     SlotReader,
@@ -220,6 +221,50 @@ def test_another_checkpoint_is_answered_anew_and_the_baselines_are_not(saved, mo
     assert "icae.jsonl' answers made from" in capsys.readouterr().err
 
 
+def test_another_form_of_the_same_weights_is_answered_anew_with_the_baselines_at_its_budget(saved, model, capsys):
+    assert main(command(saved)) == 0
+    before = {path.name: path.read_text() for path in (saved / "out" / "answers").iterdir()}
+    file = saved / "icae" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(
+        json.dumps(config | {"compression_ratio": None, "num_memory_slots": model.config.max_slots_per_span})
+    )
+    other = ICAEForConditionalGeneration.from_pretrained(saved / "icae")
+    assert other.fingerprint == model.fingerprint and identity(other) != identity(model)
+    ids = [5] * (model.config.span_length + 1)  # the second span is a part of one
+    assert number_of_slots(other, ids) == number_of_slots(model, ids)
+    for name in ("icae", "another-texts-slots"):
+        made_from = json.loads(before[f"{name}.jsonl"].splitlines()[0])
+        assert made_from["model"] == identity(model)
+    assert main(command(saved)) == 2, "the baselines are of another budget"
+    assert "truncated-context.jsonl' answers made from" in capsys.readouterr().err
+
+
+def test_rows_that_cannot_be_asked_about_are_named(saved, model):
+    def choose(**columns):
+        Dataset.from_dict(TRIPLES.to_dict() | columns).to_parquet(saved / "odd.parquet")
+        return choose_rows(str(saved / "odd.parquet"), 2, 200, 0, model)
+
+    with pytest.raises(ValueError, match=r"each row of the column 'source' .* got none in 1, first in row 2; leave"):
+        choose(source=["a", "a", None, "b"])
+    with pytest.raises(ValueError, match="Expected prompts as texts, which can be searched for, got conversations"):
+        choose(prompt=[[{"role": "user", "content": "Who?"}]] * 4)
+
+
+def test_rows_about_one_context_are_answered_without_the_control_that_needs_two(saved, capsys):
+    one = Dataset.from_dict({name: values[:1] * 2 for name, values in TRIPLES.to_dict().items()})
+    one.to_parquet(saved / "data.parquet")
+    assert main(command(saved)) == 0
+    assert "another text's slots: left out, for all rows are about one context" in capsys.readouterr().out
+    assert "another text's slots" not in json.loads((saved / "out" / "answers.json").read_text())["summary"]
+
+
+def test_contexts_are_tokenized_again_in_each_run(saved, model, rows, monkeypatch):
+    monkeypatch.setattr(answers, "encode_contexts", lambda tokenizer, context: [[7, 8, 9]])
+    again = choose_rows(str(saved / "data.parquet"), 2, 200, 0, model)[0]
+    assert len(again) == len(rows) and all(row["context_ids"] == [7, 8, 9] for row in again)
+
+
 def test_kept_answers_take_part_without_what_made_them(saved, capsys):
     assert main(command(saved)) == 0
     output = saved / "out" / "answers.json"
@@ -389,7 +434,19 @@ def test_differences_are_the_icae_minus_the_other_with_intervals_of_few_rows():
     assert found["s"]["loss"] == pytest.approx(-0.5)
     low, high = found["s"]["loss_interval"]
     error = np.std(losses, ddof=1) / 4**0.5
-    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.15) and low < -0.5 < high
+    assert (high - low) / 2 == pytest.approx(3.182 * error, rel=1e-3) and low < -0.5 < high  # Student's, of 4
+
+
+def test_intervals_of_differences_miss_a_true_difference_of_0_as_rarely_as_they_say():
+    rows = np.random.default_rng(0).normal(size=(1000, 5))
+    nothing = {str(number): [0.0] * 5 for number in range(1000)}
+    found = minus(
+        {name: {str(n): list(row) for n, row in enumerate(rows)} for name in ("f1", "loss")},
+        {"f1": nothing, "loss": nothing},
+        set(),
+    )
+    missed = sum(not one["f1_interval"][0] <= 0 <= one["f1_interval"][1] for one in found.values())
+    assert 0.035 < missed / 1000 < 0.065
 
 
 def test_a_full_context_that_answers_nothing_right_has_no_shares(rows):

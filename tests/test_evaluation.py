@@ -190,14 +190,32 @@ def test_icae_evaluate_answers_writes_every_condition_with_its_controls(saved, t
 def test_icae_evaluate_reconstruction_measures_checkpoints_on_the_same_text(saved):
     texts = Dataset.from_dict({"text": [row["context"] * 3 for row in TRIPLES]})
     texts.to_parquet(saved / "texts.parquet")
-    arguments = ["--data", str(saved / "texts.parquet"), "--models", f"first={saved / 'icae'}", str(saved / "icae")]
+    arguments = ["--data", str(saved / "texts.parquet")]
     arguments += ["--lengths", "16", "--target-length", "4", "--altered-length", "0", "--per-source", "4"]
     arguments += ["--batch-size", "2", "--output", str(saved / "reconstruction.json")]
-    assert main(["evaluate", "reconstruction", *arguments]) == 0
-    record = json.loads((saved / "reconstruction.json").read_text())
-    first, second = record["models"].values()
-    assert list(record["models"]) == ["first", "icae"]
-    assert first == second and {"ae_loss", "ae_loss_other_text", "bleu", "exact_prefix", "lm_loss"} <= set(first)
+
+    def measured(*models):
+        assert main(["evaluate", "reconstruction", *arguments, "--models", *models]) == 0
+        return json.loads((saved / "reconstruction.json").read_text())["models"]
+
+    both = measured(f"first={saved / 'icae'}", str(saved / "icae"))
+    assert list(both) == ["first", "icae"] and both["first"] == both["icae"]
+    (first,) = measured(str(saved / "icae")).values()  # nothing of the run before is left
+    assert first == both["icae"] and {"ae_loss", "ae_loss_other_text", "bleu", "exact_prefix", "lm_loss"} <= set(first)
+
+
+def test_learning_curves_that_cannot_be_told_apart_or_drawn_are_named(saved):
+    pytest.importorskip("matplotlib")
+    from icae.evaluation.curves import main as curves
+
+    state, output = saved / "icae" / "trainer_state.json", ["--output", str(saved / "curves.json")]
+    state.write_text(json.dumps({"log_history": [{"loss": 2.0}]}))
+    with pytest.raises(ValueError, match=r"Expected held-out evaluations with `eval_ae_loss` .* got none; train with"):
+        curves([str(saved / "icae"), *output])
+    measured = {"eval_ae_loss": 2.0, "eval_ae_loss_other_text": 5.0, "eval_ae_accuracy": 0.5, "eval_num_tokens": 1.0}
+    state.write_text(json.dumps({"log_history": [measured]}))
+    with pytest.raises(ValueError, match=r"Expected folders with names of their own, .* got only \['icae'\]; rename"):
+        curves([str(saved / "icae"), str(saved / "icae"), *output])
 
 
 def test_learning_curves_of_both_stages_are_drawn(saved):

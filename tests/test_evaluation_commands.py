@@ -111,9 +111,10 @@ def test_parts_of_other_weights_other_data_or_other_arguments_are_not_taken(save
     assert Parts(arguments[2])(lambda: 4, weights="a") == 4
 
 
-def test_parts_of_another_commit_are_named_in_the_record(saved, monkeypatch):
+@pytest.mark.parametrize("commits", ["abbbb", "aaaab"])  # of four parts, and of the end
+def test_parts_of_another_commit_are_named_in_the_record(saved, monkeypatch, commits):
     words = ["evaluate", "probes", "--models", "tiny=icae", "--quick"]
-    monkeypatch.setattr("icae.evaluation.arguments.current_commit", iter("abbb").__next__)
+    monkeypatch.setattr("icae.evaluation.arguments.current_commit", iter(commits).__next__)
     assert run(*words)["commits"] == ["a", "b"]
 
 
@@ -408,7 +409,13 @@ def test_values_are_exchanged_within_a_source_and_words_that_are_not_what_they_s
     [("aabb", [1, 0, 3, 2]), ("aaab", [1, 2, 0, 0]), ("abc", [1, 2, 0]), ("abab", [2, 3, 0, 1])],
 )
 def test_the_control_reads_the_next_text_of_the_same_source_if_there_is_one(sources, expected):
-    assert next_of_same_source(list(sources)) == expected
+    assert next_of_same_source([(source, [number]) for number, source in enumerate(sources)]) == expected
+
+
+def test_the_control_never_reads_the_same_text_again():
+    assert next_of_same_source([("a", [1]), ("b", [2]), ("a", [1]), ("a", [1])]) == [1, 2, 1, 1]
+    with pytest.raises(ValueError, match="Expected two different texts in each batch of the control, got one; raise"):
+        next_of_same_source([("a", [1]), ("b", [1])])
 
 
 def test_facts_of_real_text_are_asked_for_beside_those_of_generated_text(saved):

@@ -1,6 +1,7 @@
 import json
 import random
 import re
+from http.client import IncompleteRead
 
 import pytest
 from datasets import Dataset
@@ -212,6 +213,30 @@ def test_a_busy_or_failing_endpoint_is_asked_again_after_the_time_it_names():
     with chat_server(lambda message: next(replies)) as server:
         assert client_of(server, waited).reply([{"role": "user", "content": "hello"}]).text == "there"
     assert waited == [7, 2, 4]
+
+
+def test_an_endpoint_that_answers_with_something_else_is_asked_again(monkeypatch):
+    class Answer:
+        def __init__(self, content):
+            self.content = content
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return None
+
+        def read(self):
+            if isinstance(self.content, Exception):
+                raise self.content
+            return self.content
+
+    said = [b'{"error": "busy"}', b"<html>", IncompleteRead(b""), b'{"choices": [{"message": {"content": "there"}}]}']
+    replies = iter(map(Answer, said))
+    monkeypatch.setattr("urllib.request.urlopen", lambda *given, **options: next(replies))
+    waited = []
+    client = ChatClient("http://localhost/v1", "stub", wait=waited.append)
+    assert client.reply([{"role": "user", "content": "hello"}]).text == "there" and waited == [1, 2, 4]
 
 
 def test_an_endpoint_that_stays_away_ends_the_run_with_a_message():

@@ -182,6 +182,18 @@ def test_what_is_not_known_is_said_to_be_unknown(config):
     assert "- Letters: licence not recorded" in text and "The data of stage 2 was not recorded." in text
 
 
+def test_how_long_contexts_were_is_said_only_where_all_stages_tell(config):
+    def longest(**settings):
+        stages = [PRETRAINING, replace(TUNING, settings=settings)]
+        text = body(render(CardFacts(name="x", stages=stages), config))
+        return re.search(r"- (Trained on contexts of up to \d+|How long its training contexts were)", text)[1]
+
+    assert longest(max_context_length=24) == "Trained on contexts of up to 32"  # two spans of the first stage
+    assert longest(max_context_length=48, max_spans=9) == "Trained on contexts of up to 48", "nothing is mixed in"
+    assert longest(max_context_length=48, max_spans=9, pretraining_share=0.1) == "Trained on contexts of up to 144"
+    assert longest(max_spans=2) == "How long its training contexts were", "triples of any length"
+
+
 def test_many_stages_are_summed_up_and_each_is_a_folded_row(config):
     stages = [replace(PRETRAINING, seed=seed) for seed in range(4)]
     stages += [
