@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from tqdm.auto import tqdm
 
@@ -119,8 +120,8 @@ class Judge:
         return [{"role": "user", "content": JUDGE_PROMPT.format(**pair._asdict())}]
 
     def _key(self, pair: Pair) -> str:
-        """Digest of the request: a verdict holds for these very texts, this judge and these options."""
-        request = json.dumps(self.client.request(self._messages(pair)), sort_keys=True)
+        """Digest of the request: a verdict holds for these very texts, this judge, where it is, and these options."""
+        request = json.dumps([self.client.url, self.client.request(self._messages(pair))], sort_keys=True)
         return hashlib.sha256(request.encode()).hexdigest()[:16]
 
 
@@ -133,7 +134,8 @@ def in_parallel(ask: Callable[[Any], None], tasks: Sequence[Any], parallel: int,
 
 def answer_with(client: ChatClient, path: Path, rows: dict[int, Line], data: str, parallel: int) -> AnswerFile:
     """Answers of a served model that reads the whole text, in a file that grows."""
-    file = AnswerFile(path, {"reader": client.model, "data": data, "options": client.options})
+    made_from = {"reader": client.model, "endpoint": urlsplit(client.url).netloc, "data": data}
+    file = AnswerFile(path, made_from | {"options": client.options})
     lock = Lock()
 
     def ask(number: int) -> None:

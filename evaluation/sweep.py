@@ -29,6 +29,7 @@ from typing import Any
 
 import yaml
 
+from icae.evaluation.answer_files import digest
 from icae.evaluation.curves import LABELS
 from icae.evaluation.curves import main as draw_curves
 
@@ -53,10 +54,11 @@ def main(argv: list[str] | None = None) -> None:
         values = sweep["shared"].get(stage, {}) | run | {"output_dir": str(folder), "resume": "true"}
         command = [stage, *options, *(word for key, value in values.items() for word in as_words(key, value))]
         finished = folder / COMMAND
-        if finished.is_file() and json.loads(finished.read_text()) != command:
+        made_by = {"command": command, "config": digest(values["config"]) if "config" in values else None}
+        if finished.is_file() and (found := json.loads(finished.read_text())) != made_by:
             raise ValueError(
-                f"Expected the run in {str(folder)!r} to be made by what the sweep says now, got one of the command "
-                f"'icae {' '.join(json.loads(finished.read_text()))}'; remove the folder, or give another `folder`."
+                f"Expected the run in {str(folder)!r} to be made by what the sweep says now ({made_by}), got one made "
+                f"by {found}; remove the folder, or give another `folder`."
             )
         if not finished.is_file():
             print("icae", *command, flush=True)
@@ -66,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
                     f"Expected the run {name!r} to end well, got exit status {done.returncode}; its own message "
                     "stands above. The same command goes on from here."
                 )
-            finished.write_text(json.dumps(command, indent=1) + "\n")
+            finished.write_text(json.dumps(made_by, indent=1) + "\n")
         if f'"eval_{sweep["loss"]}"' in (folder / "trainer_state.json").read_text():
             drawn.append(str(folder))
     shown = ["--loss", sweep["loss"], "--title", sweep["title"], "--output", sweep["output"]]

@@ -82,7 +82,22 @@ def test_a_finished_run_is_not_taken_for_that_of_another_sweep(sweep_file, monke
     (folder / "sweep.json").write_text('["pretrain", "--max_steps", "9"]')
     assert main(["sweep", str(sweep_file)]) == 2
     message = capsys.readouterr().err
-    assert "got one of the command 'icae pretrain --max_steps 9'; remove the folder" in message
+    assert "got one made by ['pretrain', '--max_steps', '9']; remove the folder" in message
+
+
+def test_a_finished_run_is_not_taken_for_that_of_a_changed_preset(sweep_file, monkeypatch, capsys):
+    def run(command, check):
+        folder = Path(command[command.index("--output_dir") + 1])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "trainer_state.json").write_text('{"log_history": []}')
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr("icae.evaluation.sweep.draw_curves", lambda shown: None)
+    assert main(["sweep", str(sweep_file)]) == main(["sweep", str(sweep_file)]) == 0
+    Path("shared.yaml").write_text(Path("shared.yaml").read_text() + "seed: 7\n")
+    assert main(["sweep", str(sweep_file)]) == 2
+    assert "to be made by what the sweep says now" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_ends_the_sweep_with_its_name(sweep_file, monkeypatch, capsys):
