@@ -142,7 +142,8 @@ class ICAEMemory:
                 "`ICAEMemory.stack` batches rows instead."
             )
         joined = []
-        for parts in zip(*(memory.rows() for memory in memories), strict=True):
+        device = memories[0].slots.device  # one that was loaded lies on the CPU
+        for parts in zip(*(memory.to(device).rows() for memory in memories), strict=True):
             shifts = [0] * len(parts)
             if parts[0].memory_type == "hidden_states":
                 ends = torch.tensor([0] + [int(part.end) - 1 for part in parts[:-1]])

@@ -25,6 +25,8 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
 )
 from transformers.utils import ModelOutput, logging
 
@@ -128,6 +130,21 @@ def _chunk_divergence(logits: torch.Tensor, teacher: torch.Tensor) -> _LossAndGr
     scores, target = (one.log_softmax(dim=-1, dtype=torch.float32) for one in (logits, teacher))
     losses = F.kl_div(scores, target, reduction="none", log_target=True).sum(dim=-1)
     return losses, lambda: scores.exp_().sub_(target.exp_())
+
+
+class _RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
+    """
+    Of what prompt and answer say: `padding` columns of a row, of shape `(rows,)`, say nothing. (What `generate` makes
+    itself takes the mask, which is of memory and prompt, for that of the prompt.)
+    """
+
+    def __init__(self, penalty: float, padding: torch.Tensor):
+        super().__init__(penalty)
+        self.padding = padding
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        is_padding = torch.arange(input_ids.shape[1], device=input_ids.device) < self.padding[:, None]
+        return super().__call__(torch.where(is_padding, input_ids[:, -1:], input_ids), scores)  # type: ignore[arg-type]
 
 
 class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
@@ -344,11 +361,11 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         memory = memory.to(self.memory_embeddings.device)  # one that was loaded lies on the CPU
         sequential = self.config.decoder_layout[task] == "sequential"
         positions = memory.positions
-        if memory.memory_type == "hidden_states" and sequential:
-            positions = torch.arange(1, positions.shape[1] + 1, device=positions.device).expand_as(positions)
-        prefix_positions = torch.arange(1 - len(prefix), 1, device=prefix.device)  # ends at 0, before the first slot
-        if getattr(self.config.text_config, "rope_parameters", None) is None:
-            prefix_positions = prefix_positions.clamp(min=0)  # absolute position embeddings know no negative ones
+        if memory.memory_type == "hidden_states":
+            if sequential:
+                positions = torch.arange(1, positions.shape[1] + 1, device=positions.device).expand_as(positions)
+            self._check_positions(int(positions.max()))
+        prefix_positions = self._prefix_positions(len(prefix)).to(prefix.device)
 
         def behind_prefix(prefix: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
             """`(1, P, …)` and `(B, K, …)`, padded on the right -> `(B, P + K, …)`, padded on the left."""
@@ -377,6 +394,14 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                 self._run(embeds, mask, behind_prefix(prefix_positions[None], positions), cache)
         return cache, mask
 
+    def _prefix_positions(self, length: int) -> torch.Tensor:
+        """They end at 0, before the first slot. Not all bases know negative ones: absolute position embeddings do not,
+        nor do those that scale queries by the logarithm of their position (Ministral 3, Llama 4)."""
+        config, positions = self.config.text_config, torch.arange(1 - length, 1)
+        rope = getattr(config, "rope_parameters", None)
+        logarithmic = "llama_4_scaling_beta" in (rope or ()) or getattr(config, "attn_temperature_tuning", False)
+        return positions.clamp(min=0) if rope is None or logarithmic else positions
+
     def _run(self, embeds, mask, positions, cache: DynamicCache) -> torch.Tensor:
         """
         One pass of the base without its head; the last hidden state, of shape `(B, T, H)`.
@@ -392,7 +417,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             past_key_values=cache,
             use_cache=True,
         )
-        return outputs.last_hidden_state
+        return outputs.last_hidden_state.to(embeds.device)  # with a `device_map`, it lies on the last one
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.get_input_embeddings()(ids)
@@ -403,6 +428,12 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         if self.device.type == "meta":
             return
         base, ids = self.language_model, torch.arange(8, device=self.device)[None]
+        positions = self._prefix_positions(8).to(self.device)[None]
+        if not base.base_model(ids, position_ids=positions, use_cache=False).last_hidden_state.isfinite().all():
+            raise ValueError(
+                "Expected a base that reads text at negative positions, as prefixes stand in front of slots, got "
+                f"{type(self.language_model).__name__}, whose states are not finite there."
+            )
         expected = base(ids, use_cache=False).logits[0].float().cpu()
         found = self._logits(base.base_model(ids, use_cache=False).last_hidden_state[0]).float().cpu()
         if not torch.allclose(found, expected, rtol=0.05, atol=0.01 * expected.abs().max().item()):
@@ -421,7 +452,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             logits = logits / scaling
         if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
             logits = cap * torch.tanh(logits / cap)
-        return logits
+        return logits.to(hidden.device)
 
     def forward(
         self,
@@ -503,6 +534,11 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                 parts = context_mask.sum(dim=1, keepdim=True).tolist()  # type: ignore[union-attr]
             else:
                 parts = [[length for length in row if length] for row in context_lengths.tolist()]
+                if (found := [sum(row) for row in parts]) != (tokens := context_mask.sum(dim=1).tolist()):  # type: ignore
+                    raise ValueError(
+                        f"Expected `context_lengths` of all tokens of each row, {tokens} as `context_mask` says, got "
+                        f"{found} together."
+                    )
             memory = self._compress(context_ids, parts, span_length)
         else:
             self._check_memory(memory)
@@ -745,7 +781,9 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         start = self._text_start(memory, task)
         if task == "instruction":
             prompts = self.encode_prompts(prompt)
-            ids, mask = _pad_left(prompts, device=start.device)
+            for one in prompts:
+                self._check_ids(torch.tensor(one))
+            ids, mask = _pad_left(prompts, self.end_token_ids[0], device=start.device)
             rows = max(len(memory), len(prompts))
             if {len(memory), len(prompts)} - {1, rows}:
                 raise ValueError(
@@ -763,6 +801,9 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             # generate() counts the cached part as a part of the embeddings and cuts it off again.
             inputs = {"inputs_embeds": F.pad(embeds, (0, 0, cache.get_seq_length(), 0))}
         given = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+        if not given and generation_config.min_length:  # which generate() counts from the start of these embeddings
+            least = max(generation_config.min_new_tokens or 0, generation_config.min_length)
+            generation_config.min_new_tokens, generation_config.min_length = least, 0
         positions = start[:, None] + (mask.cumsum(dim=1) - 1).clamp(min=0)
         last = int(positions.max())
         if generation_config.max_new_tokens is None:  # a default or an upper bound, which the base's positions are too
@@ -776,6 +817,10 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
 
         # generate() repeats the text for beams and several sequences, but not a cache that was given.
         sequences = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        if (penalty := generation_config.repetition_penalty) not in (None, 1):
+            padding = (~mask).sum(dim=1).repeat_interleave(sequences)
+            processors = [_RepetitionPenalty(penalty, padding), *(kwargs.get("logits_processor") or [])]
+            kwargs["logits_processor"], generation_config.repetition_penalty = LogitsProcessorList(processors), 1.0
         cache.batch_repeat_interleave(rows // len(memory) * sequences)
         with self.adapter(False):
             output = self.language_model.generate(
@@ -811,15 +856,22 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                 "Expected prompts of one length beside `return_dict_in_generate=True`, because this base has a "
                 "sliding window, got several lengths; ask them one by one."
             )
+        by_row = ("negative_prompt_ids", "logits_processor")
+        if given := [name for name in by_row if options.get(name) is not None and len(options[name])]:
+            raise ValueError(
+                f"Expected prompts of one length beside `{given[0]}`, which may differ by row, because this base has "
+                "a sliding window, got several lengths; ask them one by one."
+            )
         rows = max(len(memory), len(prompts))
         memories = [memory[index] for index in range(len(memory))] * (rows // len(memory))
         length = {"max_new_tokens": generation_config.max_new_tokens, "max_length": None}  # of all rows, as in a batch
         options = options | length | {"generation_config": generation_config}
-        answers = [
-            row
-            for memory, prompt in zip(memories, prompts * (rows // len(prompts)), strict=True)
-            for row in self.generate(memory=memory, prompt=prompt, **options)
-        ]
+        allowed = options.get("prefix_allowed_tokens_fn")
+        answers = []
+        for index, (one, prompt) in enumerate(zip(memories, prompts * (rows // len(prompts)), strict=True)):
+            if allowed is not None:  # of this row, not of the first
+                options["prefix_allowed_tokens_fn"] = lambda _, ids, row=index: allowed(row, ids)
+            answers += self.generate(memory=one, prompt=prompt, **options)
         pad = generation_config.pad_token_id
         return pad_sequence(answers, batch_first=True, padding_value=self.end_token_ids[0] if pad is None else pad)
 
@@ -841,6 +893,8 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             memory = self.compress(memory)
         given = kwargs.get("generation_config") or GenerationConfig()
         defaults = GREEDY | {"max_new_tokens": int(memory.num_tokens.max()) + 1}
+        if kwargs.get("max_length", given.max_length) is not None:
+            del defaults["max_new_tokens"]
         kwargs = {name: value for name, value in defaults.items() if getattr(given, name) is None} | kwargs
         output = self.generate(memory=memory, task="autoencoding", **kwargs)
         ids = output.sequences if isinstance(output, ModelOutput) else output
@@ -920,13 +974,16 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                 tokens.append(torch.tensor([token for part in contexts for token in part], dtype=torch.long))
                 parts.append([len(part) for part in contexts])
             ids = pad_sequence(tokens, batch_first=True).to(device)
+        self._check_ids(ids)
+        return ids, parts
+
+    def _check_ids(self, ids: torch.Tensor) -> None:
         vocabulary = self.language_model.get_input_embeddings().num_embeddings
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
             raise ValueError(
                 f"Expected token ids from 0 to {vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}; tokenize "
                 "with the tokenizer of the base."
             )
-        return ids, parts
 
     def _check_generation(self, config: GenerationConfig, kwargs: dict[str, Any], task: str) -> None:
         other_cache = config.cache_implementation not in (None, "hybrid")  # transformers unsets "hybrid" itself
@@ -936,11 +993,11 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
                 f"live in the cache, got {config.use_cache}, {config.prefill_chunk_size} and "
                 f"{config.cache_implementation}; leave all three out."
             )
-        guesses = config.prompt_lookup_num_tokens is not None or kwargs.get("assistant_model") is not None
-        if guesses and task != "instruction":
+        guesses = (config.prompt_lookup_num_tokens, config.assistant_early_exit, kwargs.get("assistant_model"))
+        if any(guess is not None for guess in guesses) and task != "instruction":
             raise ValueError(
-                f"Expected no `prompt_lookup_num_tokens` and no `assistant_model` for the task {task!r}, got one: "
-                "they guess from the tokens of a prompt, and this task has none."
+                f"Expected no `prompt_lookup_num_tokens`, `assistant_early_exit` or `assistant_model` for the task "
+                f"{task!r}, got one: they guess from the tokens of a prompt, and this task has none."
             )
         if config.guidance_scale not in (None, 1) and task != "instruction":
             raise ValueError(
@@ -1042,9 +1099,9 @@ def _left_justify(ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.T
     return ids.gather(1, order), mask.bool().gather(1, order)
 
 
-def _pad_left(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad_left(rows: list[list[int]], padding: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     width = max(len(row) for row in rows)
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
+    ids = torch.tensor([[padding] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)
     return ids, mask
 

@@ -5,7 +5,7 @@ from contextlib import redirect_stdout
 
 import pytest
 import torch
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig, InfNanRemoveLogitsProcessor, LogitsProcessor, TextStreamer
 
 from tiny import FAMILIES, STYLE, make_base
 
@@ -422,3 +422,79 @@ def test_an_answer_ends_where_the_base_s_configuration_says_if_nothing_else_does
 def test_guidance_without_a_prompt_is_refused(model, task):
     with pytest.raises(ValueError, match=f"Expected no `guidance_scale` for the task '{task}', got 1.5"):
         model.generate("abc", task=task, guidance_scale=1.5)
+
+
+# ------------------------------------------------------------------------------------------ options that look at ids
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("where", ["option", "the base's own"])
+def test_a_repetition_penalty_is_of_what_each_row_says_whatever_stands_beside_it(model, beams, where):
+    """Rows differ in slots (long contexts beside short ones) and in padding in front of their prompts."""
+    options = {"max_new_tokens": 12, "num_beams": beams, "do_sample": False}
+    if where == "option":
+        options["repetition_penalty"] = 3.0
+    else:
+        for config in (model.generation_config, model.language_model.generation_config):
+            config.repetition_penalty = 3.0
+    together = model.generate(CONTEXTS, PROMPTS, **options).tolist()
+    for row, (context, prompt) in enumerate(zip(CONTEXTS, PROMPTS, strict=True)):
+        (alone,) = model.generate(context, prompt, **options).tolist()
+        assert together[row][: len(alone)] == alone
+    unpunished = model.generate(CONTEXTS, PROMPTS, **(options | {"repetition_penalty": 1.0})).tolist()
+    assert unpunished != together
+
+
+@pytest.mark.parametrize("task", ["autoencoding", "continuation"])
+def test_a_repetition_penalty_is_of_the_answer_where_there_is_no_prompt(model, task):
+    options = {"task": task, "max_new_tokens": 24, "repetition_penalty": 1e6, "eos_token_id": 95}
+    rows = model.generate(CONTEXTS[:2], **options)
+    alone = torch.cat([model.generate(context, **options) for context in CONTEXTS[:2]])
+    assert torch.equal(rows, alone) and all(len(set(row)) == 24 for row in rows.tolist())
+
+
+def test_processors_of_the_caller_stand_beside_a_repetition_penalty(model):
+    class Only(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores.masked_fill(torch.arange(scores.shape[1]) != 7, -torch.inf)
+
+    output = model.generate(CONTEXTS, "Who?", logits_processor=[Only()], repetition_penalty=2.0, **GREEDY)
+    assert output.unique().tolist() == [7]
+
+
+@pytest.mark.parametrize("task", ["autoencoding", "continuation"])
+def test_a_least_length_is_heeded_without_a_prompt(model, task):
+    options = {"task": task, "max_new_tokens": 12, "do_sample": False}
+    end = model.generate(CONTEXTS[0], **options)[0, 1].item()
+    for least in ({"min_length": 8}, {"min_new_tokens": 8}, {"min_length": 3, "min_new_tokens": 8}):
+        assert model.generate(CONTEXTS[0], eos_token_id=end, **least, **options).shape[1] >= 8
+    assert model.generate(CONTEXTS[0], eos_token_id=end, **options).shape[1] <= 2
+
+
+def test_what_is_allowed_may_differ_by_row_on_a_base_with_a_sliding_window(make_icae):
+    model = make_icae(base=make_base("mistral", sliding_window=40))
+    allowed = {0: [40], 1: [41], 2: [42]}
+
+    def allow(row, ids):
+        return allowed[row]
+
+    output = model.generate(CONTEXTS, PROMPTS, prefix_allowed_tokens_fn=allow, **GREEDY)
+    assert output.unique(dim=1).tolist() == [[40], [41], [42]]
+    with pytest.raises(ValueError, match="Expected prompts of one length beside `logits_processor`, which may differ"):
+        model.generate(CONTEXTS, PROMPTS, logits_processor=[InfNanRemoveLogitsProcessor()], **GREEDY)
+
+
+def test_a_longest_length_of_reconstruct_counts(model):
+    for given in ({"max_length": 5}, {"generation_config": GenerationConfig(max_length=5)}, {"max_new_tokens": 5}):
+        (text,) = model.reconstruct(CONTEXTS[0], eos_token_id=95, **given)
+        assert len(text) <= 5
+
+
+def test_prompts_of_ids_outside_the_vocabulary_are_refused(model):
+    with pytest.raises(ValueError, match="Expected token ids from 0 to 100, got 7 to 9999; tokenize"):
+        model.generate(CONTEXTS[0], [7, 8, 9999], **GREEDY)
+
+
+def test_early_exits_without_a_prompt_are_refused(model):
+    with pytest.raises(ValueError, match="Expected no `prompt_lookup_num_tokens`, `assistant_early_exit` or"):
+        model.generate(CONTEXTS[0], task="autoencoding", assistant_early_exit=1)

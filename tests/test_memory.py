@@ -289,3 +289,8 @@ def test_a_memory_made_with_dropout_is_read_in_train_mode_only(make_icae):
     with pytest.raises(ValueError, match="none: it was made in train mode"):
         model.reconstruct(first)
     assert make_icae().train().compress(text).fingerprint  # without dropout, slots are the same every time
+
+
+def test_memories_on_two_devices_are_joined_where_the_first_is(make_icae):
+    memory = make_icae().compress("A text.")
+    assert ICAEMemory.concat([memory.to("meta"), memory]).slots.device.type == "meta"

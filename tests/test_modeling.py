@@ -588,3 +588,42 @@ def test_autocast_gives_the_loss_of_bfloat16(model, ragged):
 def test_the_memory_of_a_forward_pass_can_be_asked(model, ragged):
     memory = model.eval()(*ragged).memory
     assert model.generate(memory=memory, task="autoencoding", max_new_tokens=2).shape == (4, 2)
+
+
+def test_lengths_of_contexts_that_are_not_those_of_the_mask_are_refused(make_icae):
+    model = make_icae()
+    ids = torch.full((1, 40), 7)
+    for mask, lengths in ((torch.ones(1, 40), [[16]]), (torch.arange(40)[None] < 20, [[16, 16]])):
+        with pytest.raises(ValueError, match=r"Expected `context_lengths` of all tokens of each row, \[(40|20)"):
+            model(context_ids=ids, context_mask=mask.bool(), context_lengths=torch.tensor(lengths))
+
+
+def test_bases_that_know_no_negative_positions_answer_prompts(make_icae):
+    model, options = make_icae(base=make_base("ministral3")), {"output_logits": True, "return_dict_in_generate": True}
+    output = model.generate("A short text.", "Who?", max_new_tokens=4, **options)
+    assert all(logits.isfinite().all() for logits in output.logits)
+
+
+def test_bases_whose_states_at_negative_positions_are_not_finite_are_refused(monkeypatch):
+    base = make_base()
+    body = base.model.forward
+
+    def forward(*given, position_ids=None, **options):
+        output = body(*given, position_ids=position_ids, **options)
+        if position_ids is not None:
+            output.last_hidden_state = output.last_hidden_state * (position_ids[..., None] + 1).log()
+        return output
+
+    monkeypatch.setattr(base.model, "forward", forward)
+    monkeypatch.setattr("icae.modeling_icae.pretrained_icae._check_base", lambda base: None)  # reads the signature
+    with pytest.raises(
+        ValueError, match=r"Expected a base that reads text at negative positions, .* got LlamaForCausal"
+    ):
+        ICAEForConditionalGeneration.from_base(base)
+
+
+def test_last_states_beyond_the_positions_of_the_base_are_named(make_icae):
+    model = make_icae(base=make_base("gpt2"), memory_type="hidden_states")
+    memory = model.compress([7] * 600)
+    with pytest.raises(ValueError, match=r"Expected at most 511 tokens of context, prompt and answer, .* got 6"):
+        model.generate(memory=memory, prompt="Who?")
