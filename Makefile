@@ -128,7 +128,7 @@ bench: $(STAMP)  ## what a training step costs -> results/bench_train.json
 	$(BIN)/icae bench train
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .ruff_cache .mypy_cache src/*.egg-info
+	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .ruff_cache .mypy_cache *.egg-info src/*.egg-info
 
 # torch first and alone: without a version, pip would take a build with gigabytes of CUDA libraries.
 $(VENV)/.installed: constraints.txt

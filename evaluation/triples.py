@@ -1,11 +1,22 @@
 """Files of triples: a context, a prompt about it, and the response."""
 
+from pathlib import Path
+
 from datasets import Dataset, Value, load_dataset
 
 
 COLUMNS = ("context", "prompt", "response")
 TEXT = (Value("string"), Value("large_string"))  # as pandas 3 writes it
 PWC_NAMES = {"input": "context", "answer": "response"}  # `sggetao/PwC`
+
+
+def check_other_file(data: str, output: str) -> None:
+    """
+    Raises:
+        `ValueError`: if what is written would take the place of what it is made from.
+    """
+    if Path(data).resolve() == Path(output).resolve():
+        raise ValueError(f"Expected an `--output` besides `--data`, got {output!r} for both; give another file.")
 
 
 def load_triples(file: str, responses: bool = True) -> Dataset:

@@ -321,7 +321,7 @@ def test_own_answers_become_pairs_behind_the_rows(saved, capsys, monkeypatch):
     assert "8 rows in " in (printed := capsys.readouterr().out) and "4 of them pairs; left out are 0 rows" in printed
     samples = prepare_sft_dataset(Dataset.from_list(rows), model, max_prompts=2)
     assert [len(sample["prompt_ids"]) for sample in samples] == [2] * 4
-    assert main([*command, "--data", str(folder / "pairs.parquet")]) == 2
+    assert main([*command, "--data", str(folder / "pairs.parquet"), "--output", str(folder / "more.parquet")]) == 2
     assert "Expected rows without a column `rejected`, which is to be written, got one" in capsys.readouterr().err
 
 

@@ -959,6 +959,23 @@ def test_answers_of_full_length_are_cut_or_left_out_and_those_unlike_the_respons
     assert written("--cut", "--least-overlap", "0") == ["a b.", "a b c", "a b c.", "b"]
     monkeypatch.setattr(TokenReader, "answer_ids", lambda _, rows, limit: [ids[3] for _ in rows] if rows else 1 / 0)
     assert written("--batch-size", "1") == ["b"] * 3  # one batch is of the row that is too long alone
+    monkeypatch.setattr(TokenReader, "answer_ids", lambda _, rows, limit: [ids[0] for _ in rows])
+    before = (folder / "taught.parquet").read_bytes()
+    assert main(["write-responses", *files, *base_files, "--max-new-tokens", str(limit)]) == 2
+    assert f"within {limit} tokens, got none for 4 rows; raise `--max-new-tokens`" in capsys.readouterr().err
+    assert (folder / "taught.parquet").read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["write-responses", "write-quotations", "write-preferences"])
+def test_no_command_writes_over_the_triples_that_it_reads(tmp_path, monkeypatch, capsys, command):
+    from icae.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    Dataset.from_dict({"context": ["a"], "prompt": ["b"], "response": ["c"]}).to_parquet("given.parquet")
+    before = Path("given.parquet").read_bytes()
+    assert main([command, "--data", "given.parquet", "--output", str(tmp_path / "given.parquet")]) == 2
+    assert "Expected an `--output` besides `--data`" in capsys.readouterr().err
+    assert Path("given.parquet").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -979,7 +996,7 @@ def test_what_the_teacher_cannot_answer_is_said_before_the_model_is_loaded(tmp_p
         rows["response"] = ["a", None]
     Dataset.from_dict(rows).to_parquet(file)
     options = [] if share is None else ["--least-overlap", share]
-    assert main(["write-responses", "--data", file, "--output", file, "--model", "none", *options]) != 0
+    assert main(["write-responses", "--data", file, "--output", "new", "--model", "none", *options]) != 0
     assert message in capsys.readouterr().err
 
 
@@ -988,7 +1005,7 @@ def test_responses_that_are_token_ids_cannot_be_compared_with_the_teachers(tmp_p
 
     file = str(tmp_path / "given.parquet")
     Dataset.from_dict({"context": ["a"], "prompt": ["b"], "response": [[3, 4]]}).to_parquet(file)
-    options = ["--data", file, "--output", file, "--model", "none", "--least-overlap", "0.2"]
+    options = ["--data", file, "--output", "new", "--model", "none", "--least-overlap", "0.2"]
     assert main(["write-responses", *options]) != 0
     assert "Expected responses that are text, got List(Value('int64')); decode them." in capsys.readouterr().err
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from icae.evaluation.triples import TEXT, load_triples
+from icae.evaluation.triples import TEXT, check_other_file, load_triples
 
 
 QUOTED_WORDS = (4, 8)  # of a quotation in a prompt, at least and at most
@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--per-context", type=int, default=2, help="new rows per context, at most")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
+    check_other_file(arguments.data, arguments.output)
     dataset = load_triples(arguments.data)
     for name in ("context", "prompt", "response"):
         if dataset.features[name] not in TEXT:

@@ -18,7 +18,7 @@ import torch
 from icae.cli import add_dtype_argument, load_model
 from icae.evaluation.measures import overlap
 from icae.evaluation.readers import TokenReader
-from icae.evaluation.triples import TEXT, load_triples
+from icae.evaluation.triples import TEXT, check_other_file, load_triples
 from icae.modeling_icae.chat_icae import encode_contexts
 
 
@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cut", action="store_true", help="end answers of full length with their last whole sentence")
     parser.add_argument("--least-overlap", type=float, help="with the row's response, which else stays (from 0 to 1)")
     arguments = parser.parse_args(argv)
+    check_other_file(arguments.data, arguments.output)
     least = arguments.least_overlap
     if least is not None and not 0 <= least <= 1:
         raise ValueError(f"Expected a `--least-overlap` from 0 to 1, got {least}.")
@@ -84,6 +85,11 @@ def main(argv: list[str] | None = None) -> None:
     answered = answered.map(teach, remove_columns=["written", "fits"], load_from_cache_file=False)
     taught = answered.filter(bool, input_columns=["taught"])
     written = taught if least is None else answered
+    if not len(written):
+        raise ValueError(
+            f"Expected answers that come to their end within {arguments.max_new_tokens} tokens, got none for "
+            f"{len(answered)} rows; raise `--max-new-tokens`, or `--cut` the others."
+        )
     written.remove_columns("taught").to_parquet(arguments.output)
     others = len(answered) - len(taught)
     if least is None:
