@@ -80,7 +80,7 @@ class SlotReader:
         groups = [list(group) for _, group in groupby(rows, lambda row: row["context_ids"])]
         memory = self.model.compress([group[0]["context_ids"] for group in groups])
         if self.other_text:
-            memory = memory[next_of_same_source([(rows[0].get("source"), rows[0]["context_ids"]) for rows in groups])]
+            memory = memory[next_of_same_source([(one.get("source"), one["context_ids"]) for one, *_ in groups])]
         return memory[[index for index, group in enumerate(groups) for _ in group]]
 
     @torch.no_grad()

@@ -424,7 +424,8 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _check_logits(self) -> None:
-        """Raises a `ValueError` if the base does more to its logits than is known of its family."""
+        """Raises a `ValueError` if the base does more to its logits than is known of its family, or cannot read the
+        prefix in front of slots where it stands."""
         if self.device.type == "meta":
             return
         base, ids = self.language_model, torch.arange(8, device=self.device)[None]
@@ -486,7 +487,8 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             context_mask (`torch.Tensor` of shape `(batch_size, context_length)`, *optional*):
                 1 where a token is. Padding may lie on either side.
             context_lengths (`torch.LongTensor` of shape `(batch_size, num_contexts)`, *optional*):
-                Tokens of each context of a row, 0 where a row has fewer. Default: one context per row.
+                Tokens of each context of a row, together as many as its mask has, 0 where a row has fewer contexts.
+                Default: one context per row. A `ValueError` says so if they are others.
             memory ([`ICAEMemory`], *optional*):
                 Read this memory instead of compressing `context_ids`; for example another text's, as a control.
             continuation_ids, continuation_mask (of shape `(batch_size, continuation_length)`, *optional*):
@@ -743,8 +745,10 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
 
         Raises:
             `ValueError`: if context and memory are both missing or both given, if a prompt is missing, if the memory
-            is another model's or holds NaN, if an option needs a prompt that the task does not have, or if there are
-            too many tokens for the base's positions. (Without `max_new_tokens`, answers end where the positions do.)
+            is another model's or holds NaN, if an option needs a prompt that the task does not have, if token ids are
+            not of the base's vocabulary, if prompts of several lengths have to be answered one by one (on bases with
+            a sliding window) beside an option of all rows, or if there are too many tokens for the base's positions.
+            (Without `max_new_tokens`, answers end where the positions do.)
         """
         if (context is None) == (memory is None):
             raise ValueError(

@@ -175,7 +175,8 @@ class ICAEPreTrainedModel(PreTrainedModel):
 
         Raises:
             `ValueError`: if the base cannot be found, is in float16, has no end token, or cannot read slots: it has
-                layers without keys and values, reads token ids or images too, or has a body or head of unknown form;
+                layers without keys and values, reads token ids or images too, has a body or head of unknown form, or
+                gives no finite numbers at negative positions;
                 or if the adapter should be in its embeddings or head.
         """
         config = copy.deepcopy(config) if config is not None else ICAEConfig()
