@@ -54,10 +54,11 @@ from scipy.stats import t as student
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from icae.cli import load_model
+from icae.cli import load_model, whole_number
 from icae.evaluation.answer_files import AnswerFile, Line, digest, forget_other_weights
-from icae.evaluation.arguments import command_line, evaluation_parser, identity, parse, recorded
-from icae.evaluation.documents import batches, check_filled
+from icae.evaluation.arguments import command_line, evaluation_parser, identity, parse, recorded, saved_weights
+from icae.evaluation.documents import batches
+from icae.evaluation.files import check_filled
 from icae.evaluation.measures import ROUGE, SHORT_ANSWERS, mean, scores
 from icae.evaluation.readers import (
     Reader,
@@ -70,7 +71,7 @@ from icae.evaluation.readers import (
 )
 from icae.evaluation.record import current_commit, write_record
 from icae.evaluation.third_party import KVPressReader, LLMLinguaReader, tool_version
-from icae.evaluation.triples import COLUMNS, load_triples
+from icae.evaluation.triples import load_triples
 from icae.modeling_icae import ICAEForConditionalGeneration
 from icae.modeling_icae.chat_icae import encode_contexts
 
@@ -109,16 +110,20 @@ def main(argv: list[str] | None = None) -> None:
         metavar="NAME",
         help=f"only some, 'icae' and 'full context' (which shares are of) among them: {', '.join(map(repr, READERS))}",
     )
-    parser.add_argument("--per-source", type=int, default=8, help="rows of each source (default: 8)")
-    parser.add_argument("--max-context-length", type=int, default=768, help="tokens; longer rows are left out")
-    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--per-source", type=whole_number(1), default=8, help="rows of each source (default: 8)")
+    parser.add_argument(
+        "--max-context-length", type=whole_number(1), default=768, help="tokens; longer rows are left out"
+    )
+    parser.add_argument("--max-new-tokens", type=whole_number(1), default=48)
     parser.add_argument(
         "--repetition-penalty",
         type=float,
         default=1.0,
         help="of what an answer itself has said, for all readers alike (default: 1, none)",
     )
-    parser.add_argument("--batch-size", type=int, default=16, help="rows answered at once, of similar length")
+    parser.add_argument(
+        "--batch-size", type=whole_number(1), default=16, help="rows answered at once, of similar length"
+    )
     arguments = parse(parser, argv, QUICK)
     penalty = arguments.repetition_penalty
     if arguments.readers:
@@ -182,6 +187,7 @@ def main(argv: list[str] | None = None) -> None:
         "commits": {
             name: sorted({str(file.rows[row["row"]].get("commit")) for row in rows}) for name, file in answers.items()
         },
+        "weights": {"icae": saved_weights(model)},
         "summary": summary,
         "by_source": {name: means(found) for name, found in measured.items()},
         "icae_minus": {
@@ -207,7 +213,7 @@ def choose_rows(data: str, per_source: int, max_length: int, seed: int, model) -
     """
     tokenizer = model.tokenizer
     dataset = load_triples(data)
-    check_filled(dataset, (*COLUMNS, "source"), data)
+    check_filled(dataset, ("source",), data)
     if not all(isinstance(prompt, str) for prompt in dataset["prompt"]):
         raise ValueError(
             "Expected prompts as texts, which can be searched for, got conversations; give their last turns."

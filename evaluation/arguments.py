@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from icae.cli import add_dtype_argument, load_model
+from icae.cli import add_dtype_argument, load_model, whole_number
 from icae.dtypes import resolve_dtype
 from icae.evaluation.readers import Reader, SlotReader
 from icae.evaluation.record import current_commit, without_folders, write_record
+from icae.model_cards.facts import weights_digest
 from icae.modeling_icae import ICAEForConditionalGeneration
 
 
@@ -36,7 +37,7 @@ def evaluation_parser(command: str, description: str, *, several_models: bool = 
         parser.add_argument("--model", help="folder or Hub id of an ICAE (default: the embedded checkpoint)")
     parser.add_argument("--base", help="the base, if not where the ICAE says")
     add_dtype_argument(parser)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole_number(0), default=0)
     parser.add_argument("--output", type=Path, default=Path(f"results/{name}.json"), help="JSON file to write")
     parser.add_argument("--quick", action="store_true", help="a small subset, for a first look and for CI")
     return parser
@@ -134,6 +135,11 @@ def identity(model: ICAEForConditionalGeneration) -> str:
     form = json.dumps([model.fingerprint, *(getattr(model.config, name) for name in names)], sort_keys=True)
     tasks = model.task_embeddings.detach().float().cpu().numpy().tobytes()
     return hashlib.sha256(form.encode() + tasks).hexdigest()[:16]
+
+
+def saved_weights(model: ICAEForConditionalGeneration) -> str:
+    """What the files are recognised by that a model was loaded from: `icae card` takes over only results of these."""
+    return weights_digest(model.name_or_path, **model._hub_kwargs)
 
 
 def weights_of(reader: Reader, model: ICAEForConditionalGeneration) -> str:

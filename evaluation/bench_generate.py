@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteria, StoppingCriteriaList
 
-from icae.cli import load_model
+from icae.cli import load_model, whole_number
 from icae.evaluation.arguments import Parts, evaluation_parser, finish, identity, parse
 from icae.evaluation.timing import medians_in_turn, peak_bytes_of
 from icae.modeling_icae import ICAEForConditionalGeneration, ICAEMemory
@@ -298,11 +298,11 @@ def measure_memory(arguments) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = evaluation_parser("bench generate", "What answering costs, from slots and from the whole context.")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1], help="rows answered at once")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048], help="context tokens")
+    parser.add_argument("--batches", type=whole_number(1), nargs="+", default=[1], help="rows answered at once")
+    parser.add_argument("--contexts", type=whole_number(1), nargs="+", default=[512, 2048], help="context tokens")
     parser.add_argument("--ratios", type=float, nargs="+", help="tokens per slot (default: the checkpoint's)")
-    parser.add_argument("--new-tokens", type=int, default=64, help="length of an answer")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--new-tokens", type=whole_number(1), default=64, help="length of an answer")
+    parser.add_argument("--repeats", type=whole_number(1), default=3)
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave peak memory out")
     parser.add_argument("--memory-of", choices=["full", "icae", "cached"], help="(internal) one peak")
     arguments = parse(parser, argv, QUICK)

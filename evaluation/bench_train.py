@@ -25,7 +25,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from icae.cli import add_dtype_argument
+from icae.cli import add_dtype_argument, whole_number
 from icae.configuration_icae import ICAEConfig
 from icae.dtypes import resolve_dtype
 from icae.embedded import embedded_base
@@ -150,11 +150,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="icae bench train", description="What a training step costs.")
     parser.add_argument("--base", help="folder or Hub id of the base (default: the embedded one)")
     parser.add_argument("--memory-type", default="key_values", choices=["key_values", "hidden_states"])
-    parser.add_argument("--span-length", type=int, default=64, help="context tokens per row")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows per step")
+    parser.add_argument("--span-length", type=whole_number(1), default=64, help="context tokens per row")
+    parser.add_argument("--batch-size", type=whole_number(1), default=32, help="rows per step")
     add_dtype_argument(parser)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--repeats", type=whole_number(1), default=5)
+    parser.add_argument("--seed", type=whole_number(0), default=0)
     parser.add_argument("--output", default="results/bench_train.json")
     parser.add_argument("--memory-of", choices=["icae", "two_copies"], help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)

@@ -2,15 +2,17 @@
 
 import argparse
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from icae.cli import whole_number
+from icae.evaluation.files import check_filled, read_rows
 from icae.modeling_icae.chat_icae import encode_plain
 
 
@@ -24,25 +26,12 @@ def add_document_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--without", nargs="+", metavar="SOURCE", default=[], help="sources to leave out")
 
 
-def check_filled(rows: Dataset, columns: Iterable[str], file: str) -> None:
-    """
-    Raises:
-        `ValueError`: if a row has nothing in one of the columns.
-    """
-    for column in columns:
-        if column in rows.column_names and (missing := [n for n, value in enumerate(rows[column]) if value is None]):
-            raise ValueError(
-                f"Expected a value in each row of the column {column!r} of {file!r}, got none in {len(missing)}, "
-                f"first in row {missing[0]}; leave these rows out."
-            )
-
-
 def add_window_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that say how text is cut."""
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512], help="context tokens")
-    parser.add_argument("--target-length", type=int, default=128, help="tokens of the continuation")
-    parser.add_argument("--per-source", type=int, default=8, help="windows of each source")
-    parser.add_argument("--batch-size", type=int, default=4, help="windows read at once")
+    parser.add_argument("--lengths", type=whole_number(1), nargs="+", default=[128, 256, 512], help="context tokens")
+    parser.add_argument("--target-length", type=whole_number(1), default=128, help="tokens of the continuation")
+    parser.add_argument("--per-source", type=whole_number(1), default=8, help="windows of each source")
+    parser.add_argument("--batch-size", type=whole_number(1), default=4, help="windows read at once")
 
 
 def load_documents(arguments: argparse.Namespace) -> tuple[Dataset, dict[str, Any]]:
@@ -61,8 +50,7 @@ def load_documents(arguments: argparse.Namespace) -> tuple[Dataset, dict[str, An
     with as_file(files("icae") / "data" / "passages.json") as passages:
         file = Path(arguments.data or passages)
         content = file.read_bytes()
-        kind = "parquet" if file.suffix == ".parquet" else "json"
-        documents: Dataset = load_dataset(kind, data_files=str(file), split="train")
+        documents = read_rows(str(file))
     if "text" not in documents.column_names:
         raise ValueError(f"Expected a column 'text' with documents in {file.name!r}, got {documents.column_names}.")
     if "source" not in documents.column_names:

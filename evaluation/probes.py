@@ -17,6 +17,7 @@ from typing import Any
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from icae.cli import whole_number
 from icae.evaluation.arguments import Parts, evaluation_parser, finish, named_models, parse, weights_of
 from icae.evaluation.documents import add_document_arguments, cut_windows, load_documents
 from icae.evaluation.facts import Pair, Probe, make_pair
@@ -130,10 +131,12 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     parser = evaluation_parser("evaluate probes", "Which facts survive compression.", several_models=True)
     add_document_arguments(parser)
-    parser.add_argument("--pairs", type=int, default=50, help="generated texts, each with its twin")
-    parser.add_argument("--answered-pairs", type=int, default=8, help="of these, how many are really answered")
-    parser.add_argument("--per-kind", type=int, default=30, help="real texts for each kind of fact")
-    parser.add_argument("--length", type=int, default=128, help="tokens of a real text")
+    parser.add_argument("--pairs", type=whole_number(1), default=50, help="generated texts, each with its twin")
+    parser.add_argument(
+        "--answered-pairs", type=whole_number(0), default=8, help="of these, how many are really answered"
+    )
+    parser.add_argument("--per-kind", type=whole_number(0), default=30, help="real texts for each kind of fact")
+    parser.add_argument("--length", type=whole_number(1), default=128, help="tokens of a real text")
     arguments = parse(parser, argv, QUICK)
     generated = [make_pair(arguments.seed + number) for number in range(arguments.pairs)]
     documents, about = load_documents(arguments) if arguments.data or arguments.quick else (None, None)

@@ -16,7 +16,8 @@ import torch
 from sacrebleu.metrics import BLEU
 from tqdm.auto import tqdm
 
-from icae.evaluation.arguments import Parts, evaluation_parser, finish, identity, named_models, parse
+from icae.cli import whole_number
+from icae.evaluation.arguments import Parts, evaluation_parser, finish, identity, named_models, parse, saved_weights
 from icae.evaluation.documents import (
     Window,
     add_document_arguments,
@@ -147,8 +148,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_document_arguments(parser)
     add_window_arguments(parser)
-    parser.add_argument("--written-per-source", type=int, default=4, help="windows of each that are written out")
-    parser.add_argument("--altered-length", type=int, default=128, help="context tokens of altered text; 0: none")
+    parser.add_argument(
+        "--written-per-source", type=whole_number(0), default=4, help="windows of each that are written out"
+    )
+    parser.add_argument(
+        "--altered-length", type=whole_number(0), default=128, help="context tokens of altered text; 0: none"
+    )
     parser.set_defaults(**DEFAULTS)
     arguments = parse(parser, argv, QUICK)
     documents, about = load_documents(arguments)
@@ -160,7 +165,9 @@ def main(argv: list[str] | None = None) -> None:
     longest = max(lengths) + arguments.target_length
     parts = Parts(arguments)
     results: dict[str, Any] = {}
+    weights: dict[str, str] = {}
     for name, model in named_models(arguments):
+        weights[name] = saved_weights(model)
         windows = cut_windows(documents, model.tokenizer, longest, arguments.per_source, arguments.seed)
         rows = []
         for kind, length in tqdm(cells, desc=name):
@@ -186,6 +193,7 @@ def main(argv: list[str] | None = None) -> None:
         "rows": len(windows) * len(lengths),
         "context_tokens": len(windows) * sum(lengths),
         "models": results,
+        "weights": weights,
     }
     finish(parser, argv, arguments, parts, record)
     for name, summary in results.items():

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -27,7 +28,7 @@ def write_record(path: str | Path, numbers: dict[str, Any], *, command: str | No
             "commit": current_commit(),
             # Of the code: what commands before this one wrote is no change of it.
             "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "--", *CODE)),
-            "command": command or f"python -m {shlex.join(_command())}",
+            "command": command or shlex.join(_command()),
             "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "versions": versions(),
             "hardware": hardware(),
@@ -53,7 +54,7 @@ def without_folders(word: str) -> str:
 
 
 def current_commit() -> str | None:
-    """The commit that this package is at; `None` where it is no git checkout."""
+    """The commit that this package is at; `None` where it is installed, be it within another project's checkout."""
     return _git("rev-parse", "HEAD")
 
 
@@ -71,11 +72,22 @@ def hardware() -> dict[str, Any]:
 
 
 def _command() -> list[str]:
-    module = getattr(sys.modules["__main__"].__spec__, "name", None) or Path(sys.argv[0]).name
-    return [module, *map(without_folders, sys.argv[1:])]
+    """What was typed: a module, a script's file, or a program, as `icae` is one."""
+    name, spec = Path(sys.argv[0]).name, sys.modules["__main__"].__spec__
+    if spec is not None:
+        program = ["python", "-m", spec.name.removesuffix(".__main__")]
+    else:
+        program = ["python", name] if name.endswith(".py") or name == "-c" else [name]
+    return [*program, *map(without_folders, sys.argv[1:])]
 
 
 def _git(*arguments: str) -> str | None:
-    folder = Path(__file__).resolve().parent
-    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
+    """What git says of the checkout that this very file is of; `None` if it is of none."""
+    file = Path(__file__).resolve()
+    if not shutil.which("git"):
+        return None
+    for command in (["ls-files", "--error-unmatch", "--", file.name], [*arguments]):
+        done = subprocess.run(["git", *command], cwd=file.parent, capture_output=True, text=True, check=False)
+        if done.returncode:
+            return None
+    return done.stdout.strip()

@@ -39,7 +39,7 @@ KEYS = {"title", "output", "folder", "loss", "shared", "runs"}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Several short training runs, side by side.")
+    parser = argparse.ArgumentParser(prog="icae sweep", description="Several short training runs, side by side.")
     parser.add_argument("file", type=Path, help="YAML file that names the runs")
     parser.add_argument("--only", nargs="+", metavar="RUN", help="train and draw only these")
     arguments, options = parser.parse_known_args(argv)
@@ -71,6 +71,11 @@ def main(argv: list[str] | None = None) -> None:
             finished.write_text(json.dumps(made_by, indent=1) + "\n")
         if f'"eval_{sweep["loss"]}"' in (folder / "trainer_state.json").read_text():
             drawn.append(str(folder))
+    if not drawn:
+        raise ValueError(
+            f"Expected evaluations with `eval_{sweep['loss']}` in the log of a run, got none in those of {chosen}; "
+            "let them evaluate (`eval_files`, `eval_strategy: steps`) in a new `folder`."
+        )
     shown = ["--loss", sweep["loss"], "--title", sweep["title"], "--output", sweep["output"]]
     draw_curves([*drawn, *shown])
 
@@ -83,6 +88,10 @@ def read_sweep(file: Path) -> dict[str, Any]:
         raise ValueError(f"Expected a YAML file with the keys {sorted(KEYS)}, got {found}.")
     if sweep["loss"] not in LABELS:
         raise ValueError(f"Expected `loss` to be one of {sorted(LABELS)}, got {sweep['loss']!r}.")
+    for key in ("shared", "runs"):
+        for name, values in [(key, sweep[key]), *(sweep[key].items() if isinstance(sweep[key], dict) else ())]:
+            if not isinstance(values, dict):
+                raise ValueError(f"Expected `name: value` pairs under {name!r}, got {values!r}.")
     for name, run in sweep["runs"].items():
         if run.get("stage") not in ("pretrain", "sft"):
             raise ValueError(

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from datasets import Dataset, Value, load_dataset
+from datasets import Dataset, Value
+
+from icae.evaluation.files import check_filled, read_rows
 
 
 COLUMNS = ("context", "prompt", "response")
@@ -25,16 +27,18 @@ def load_triples(file: str, responses: bool = True) -> Dataset:
     `response`.
 
     Raises:
-        `ValueError`: if it has neither these columns nor PwC's.
+        `ValueError`: if it has neither these columns nor PwC's, or if a row has nothing in one of them.
     """
-    dataset = load_dataset("parquet", data_files=file, split="train")
+    dataset = read_rows(file)
     if "context" not in dataset.column_names:
         dataset = dataset.rename_columns({old: new for old, new in PWC_NAMES.items() if old in dataset.column_names})
-    if not {*(COLUMNS if responses else COLUMNS[:2])} <= {*dataset.column_names}:
+    needed = COLUMNS if responses else COLUMNS[:2]
+    if not {*needed} <= {*dataset.column_names}:
         expected = (
             "`context`, `prompt` and `response`, or `input`, `prompt` and `answer`"
             if responses
             else "`context` and `prompt`, or `input` and `prompt`"
         )
         raise ValueError(f"Expected the columns {expected}, got {dataset.column_names}.")
+    check_filled(dataset, needed, file)
     return dataset

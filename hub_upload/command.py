@@ -5,6 +5,7 @@ import hashlib
 from pathlib import Path
 
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from .layout import files_of
 from .upload import prepared, upload
@@ -28,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
             f"Expected CHECKPOINT to be the folder of a saved ICAE, got {arguments.checkpoint!r}, which has no "
             "config.json."
         )
+    validate_repo_id(arguments.repo_id)
     if "/" not in arguments.repo_id:
         raise ValueError(f"Expected the whole name of a repository, ORG/NAME, got {arguments.repo_id!r}.")
     model = load_model(arguments.checkpoint, arguments.base, "bfloat16")

@@ -58,10 +58,12 @@ def convert(
         `list[str]`: what was left out, what differs from official inference, what could not be verified.
 
     Raises:
-        `ValueError`: if the file cannot be read as tensors, or if a tensor is unknown, missing or of a shape that does
-            not fit the base.
+        `ValueError`: if `folder` holds something, if the file cannot be read as tensors, or if a tensor is unknown,
+            missing or of a shape that does not fit the base.
     """
     file = Path(file)
+    if Path(folder).is_dir() and any(Path(folder).iterdir()):
+        raise ValueError(f"Expected a new or empty folder to write to, got {str(folder)!r}; name another one.")
     release = release or ("v2" if file.suffix == ".safetensors" else "v1")
     embeddings, adapter, of_base = _parts(_read(file), file)
     slots = len(embeddings) - SPECIAL

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 from icae.configuration_icae import ICAEConfig
@@ -100,7 +101,8 @@ def model_card(folder: str | Path, *, repo_id: str | None = None, revision: str 
             facts.
 
     Raises:
-        `ValueError`: if the folder holds no ICAE, or if its facts are damaged.
+        `ValueError`: if the folder holds no ICAE, if its facts are damaged, or if no repository can be called
+            `repo_id`.
     """
     folder = Path(folder)
     config = ICAEConfig.from_pretrained(folder) if (folder / "config.json").is_file() else ICAEConfig()
@@ -110,6 +112,8 @@ def model_card(folder: str | Path, *, repo_id: str | None = None, revision: str 
             "`save_pretrained` wrote."
         )
     facts = CardFacts.load(folder)
+    if repo_id is not None:
+        validate_repo_id(repo_id)
     if repo_id not in (None, facts.repo_id):
         facts = facts.at(repo_id)
     facts = replace(facts, revision=revision or facts.revision)
@@ -129,7 +133,7 @@ def write_card(folder: str | Path, results: str | Path | None = None, **options)
     """
     if results is not None:
         facts = CardFacts.load(folder)
-        facts.add_results(results)
+        facts.add_results(results, folder)
         facts.save(folder)
     put_card(folder, model_card(folder, **options))
 

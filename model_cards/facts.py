@@ -5,6 +5,7 @@ Training writes it ([`CardCallback`]), `icae card` adds results to it, and a run
 its stages over. What is unknown is `None` or empty, and the card says so in words.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,8 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
+
+from icae.modeling_icae.pretrained_icae import ADAPTER_FOLDER, SLOTS_FILE
 
 
 CARD_FACTS = "icae_card.json"
@@ -238,7 +241,7 @@ class CardFacts:
         """Whether it was trained to answer prompts; `None` if its training is not known."""
         return any(stage.name == INSTRUCTION_STAGE for stage in self.stages) if self.stages else None
 
-    def add_results(self, results: str | Path) -> None:
+    def add_results(self, results: str | Path, model: str | Path) -> None:
         """
         Takes over what `icae evaluate reconstruction`, `icae evaluate answers` and `icae.evaluation.curves` wrote.
 
@@ -246,13 +249,16 @@ class CardFacts:
             results (`str` or `Path`):
                 Folder with `reconstruction.json` and `answers.json`, either of which may be missing, and with the
                 `curves` of stages.
+            model (`str` or `Path`):
+                Folder of the saved ICAE that they must be of.
 
         Raises:
-            `ValueError`: if a file that a stage names is missing, or if there is none at all.
+            `ValueError`: if a file that a stage names is missing, if there is none at all, or if one is damaged or of
+                another model.
         """
         folder = Path(results)
         found = {
-            name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+            name: _read(folder / f"{name}.json")
             for name in ("reconstruction", "answers", *(stage.curves for stage in self.stages if stage.curves))
             if (folder / f"{name}.json").is_file()
         }
@@ -262,8 +268,20 @@ class CardFacts:
                 f"Expected results in {str(folder)!r}, found no {missing[0] if missing else 'reconstruction'}.json; "
                 "make them with `icae evaluate` and `python -m icae.evaluation.curves`."
             )
-        self.reconstruction = _evaluation(found.get("reconstruction"), "models")
-        self.answers = _evaluation(found.get("answers"), "summary")
+        own = weights_digest(model)
+        for name, rows in (("reconstruction", "models"), ("answers", "summary")):
+            file = folder / f"{name}.json"
+            try:
+                evaluation = _evaluation(found.get(name), rows)
+                weights = [*found[name].get("weights", {}).values()][-1:] if name in found else [own]
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"Expected what `icae evaluate {name}` writes in {file}, got {error!r}.") from error
+            if weights != [own]:
+                raise ValueError(
+                    f"Expected results of the model in {str(model)!r} (weights {own}) in {file}, got those of another "
+                    f"one ({', '.join(weights) or 'not recorded'}); make them with `icae evaluate {name}`."
+                )
+            setattr(self, name, evaluation)
         for stage in self.stages:
             if stage.curves:
                 (run,) = found[stage.curves]["runs"].values()
@@ -275,6 +293,15 @@ class CardFacts:
                 }
 
 
+def weights_digest(source: str | Path, **hub_kwargs) -> str:
+    """What the weights of a saved ICAE are recognised by, wherever it lies: of its files of slots and adapter."""
+    digest = hashlib.sha256()
+    for name in (SLOTS_FILE, f"{ADAPTER_FOLDER}/adapter_model.safetensors"):
+        with open(cached_file(str(source), name, **hub_kwargs), "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
 def is_hub_id(name: str | None) -> bool:
     """Whether a model of this name is looked for on the Hub: it is the id of a repository, and no folder here."""
     try:
@@ -282,6 +309,13 @@ def is_hub_id(name: str | None) -> bool:
     except HFValidationError:
         return False
     return not os.path.exists(name or "")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"Expected results in {file}, got a damaged file ({error}).") from error
 
 
 def _evaluation(record: dict[str, Any] | None, rows: str) -> Evaluation | None:

@@ -1045,7 +1045,10 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
 
     def _check_positions(self, last: int, task: str = "instruction", window: int | None = None) -> None:
         if last >= self._num_positions:
-            what, advice = "context, prompt and answer", "`compress(..., window=…)` takes longer documents"
+            what, advice = (
+                "context, prompt and answer",
+                "`compress(..., window=…)` (`--window`) takes longer documents",
+            )
             if window is not None:
                 what, advice = "a window", "give a smaller one, which leaves room for prompt and answer"
             elif task == "autoencoding":

@@ -582,13 +582,16 @@ def _left_alone(config: ICAEConfig, base: PreTrainedModel) -> str | None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises a `ValueError` if another kind of model lies in a folder that an ICAE is to be saved in."""
+    """Raises a `ValueError` if the 'config.json' of something else lies in a folder that an ICAE is to be saved in."""
     file = folder / "config.json"
-    kind = json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.is_file() else None
-    if kind not in (None, ICAEConfig.model_type):
+    if not file.is_file():
+        return
+    content = json.loads(file.read_text(encoding="utf-8"))
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    if kind != ICAEConfig.model_type:
+        held = f"a model of the type {kind!r}" if kind else "a 'config.json' that is no model's"
         raise ValueError(
-            f"Expected a folder of its own for the ICAE, got {str(folder)!r}, which holds a model of the type "
-            f"{kind!r}; give another one."
+            f"Expected a folder of its own for the ICAE, got {str(folder)!r}, which holds {held}; give another one."
         )
 
 

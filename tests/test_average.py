@@ -104,6 +104,13 @@ def test_an_output_that_exists_is_an_error_and_stays_as_it_was(start_and_end, ca
     )
 
 
+def test_a_damaged_checkpoint_is_named(start_and_end, tmp_path, capsys):
+    file = tmp_path / "start" / ADAPTER_WEIGHTS
+    file.write_bytes(file.read_bytes()[:100])
+    assert main(["average", *start_and_end, "--output", str(tmp_path / "mean")]) == 2
+    assert f"Expected the tensors of a saved ICAE in {file}, got a damaged file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("config", "named"), [({"span_length": 32}, "span_length"), ({"lora_r": 2}, "lora_r")])
 def test_checkpoints_of_other_architectures_are_an_error_that_says_what_differs(
     start_and_end, tmp_path, make_icae, config, named, capsys

@@ -196,7 +196,7 @@ def test_texts_beyond_the_positions_of_the_base_take_a_window(options, tmp_path,
     text.write_text("The keeper counts every vessel. " * 30)
     ask = ["ask", *options, "--prompt", "Who?"]
     assert main([*ask, "--context", str(text)]) == 2
-    assert "`compress(..., window=…)` takes longer documents" in capsys.readouterr().err
+    assert "`compress(..., window=…)` (`--window`) takes longer documents" in capsys.readouterr().err
     assert main([*ask, "--context", str(text), "--window", "256"]) == 0
     said = capsys.readouterr()
     assert "960 tokens in 240 slots" in said.err and "Compressing" in said.err
@@ -226,10 +226,32 @@ def test_typed_prompts_are_answered_until_an_empty_line(options, answer, tmp_pat
         (["--prompt", "Who?"], "Expected either `--context` or `--memory`, got neither or both"),
         (["--context", "a", "--memory", "b"], "Expected either `--context` or `--memory`, got neither or both"),
         (["--context", "-"], "Expected `--prompt` beside a context from standard input"),
-        (["--memory", "a", "--max-new-tokens", "0"], "Expected `--max-new-tokens` of at least 1, got 0"),
         (["--memory", "a", "--window", "64"], "Expected `--window` with `--context`, which is compressed now"),
     ],
 )
 def test_ask_says_what_is_missing(arguments, message, capsys):
     assert main(["ask", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", ["0", "1.5", "many"])
+def test_numbers_of_things_are_whole_and_not_too_small(number, capsys):
+    with pytest.raises(SystemExit):
+        main(["ask", "--memory", "a", "--max-new-tokens", number])
+    message = f"--max-new-tokens: expected a whole number of at least 1, got '{number}'"
+    assert message in capsys.readouterr().err
+
+
+def test_prompts_that_cannot_be_decoded_are_refused(options, tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    assert main(["ask", *options, "--context", str(tmp_path / "text.txt")]) == 2
+    assert "Expected prompts in utf-8, got other bytes" in capsys.readouterr().err
+
+
+def test_a_package_that_only_some_commands_need_is_named_with_its_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    for module in ("icae.evaluation.sweep", "icae.evaluation.curves"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    assert main(["sweep", "none.yaml"]) == 2
+    assert "this command needs more than the others: `pip install 'icae[eval]'`" in capsys.readouterr().err

@@ -222,6 +222,14 @@ def test_a_memory_head_is_refused(release, tmp_path):
         convert(release(add), make_base("mistral"), tmp_path / "icae")
 
 
+def test_nothing_is_written_over(release, tmp_path):
+    (tmp_path / "icae").mkdir()
+    (tmp_path / "icae" / "trained.safetensors").write_text("weeks of work")
+    with pytest.raises(ValueError, match=r"Expected a new or empty folder to write to, got .*icae'; name another"):
+        convert(release(), make_base("mistral"), tmp_path / "icae")
+    assert [file.name for file in (tmp_path / "icae").iterdir()] == ["trained.safetensors"]
+
+
 def test_a_base_of_another_size_is_refused(release, tmp_path):
     base = make_base("mistral", hidden_size=64, head_dim=16)
     with pytest.raises(ValueError, match=r"9 are missing.* give the base that it was trained on"):

@@ -440,6 +440,13 @@ def test_the_command_needs_the_whole_name_of_a_repository(hub, verified, checkpo
     assert "Expected the whole name of a repository, ORG/NAME, got 'icae-tiny'" in capsys.readouterr().err
 
 
+def test_a_name_that_the_hub_does_not_take_is_refused_in_a_dry_run_as_well(hub, verified, checkpoint, capsys):
+    assert main(["push", str(checkpoint), "org/icae/tiny", "--dry-run"]) == 2
+    assert "org/icae/tiny" in capsys.readouterr().err
+    assert main(["card", str(checkpoint), "--repo-id", "no name"]) == 2
+    assert "no name" in capsys.readouterr().err
+
+
 def test_who_is_not_logged_in_is_told_so(hub, verified, checkpoint, base_folder, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_other")
     assert main(["push", str(checkpoint), REPO, "--base", base_folder]) == 2

@@ -13,8 +13,9 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from icae import EMBEDDED_CHECKPOINT, ICAEConfig, ICAEForConditionalGeneration
 from icae.cli import main
 from icae.embedded import EMBEDDED_BASE_CODE, EMBEDDED_BASE_FINGERPRINT
-from icae.model_cards import CARD_FACTS, CardFacts, DataSource, Evaluation, TrainingStage, model_card
+from icae.model_cards import CARD_FACTS, CardFacts, DataSource, Evaluation, TrainingStage, model_card, write_card
 from icae.model_cards.card import render
+from icae.model_cards.facts import weights_digest
 from icae.trainers import ICAEPretrainingConfig, ICAEPretrainingTrainer, ICAESFTConfig, ICAESFTTrainer
 from tiny import SHORT_RUN, make_base
 
@@ -349,9 +350,39 @@ def test_a_folder_without_an_icae_is_refused(tmp_path):
 def test_results_that_a_stage_names_must_be_there(tmp_path):
     facts = CardFacts(stages=[replace(PRETRAINING, curves="no-such-run")])
     with pytest.raises(ValueError, match=r"found no no-such-run\.json"):
-        facts.add_results(ROOT / "results")
+        facts.add_results(ROOT / "results", ROOT / "checkpoints" / "icae-smollm2-135m")
     with pytest.raises(ValueError, match=r"found no reconstruction\.json"):
-        CardFacts().add_results(tmp_path)
+        CardFacts().add_results(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": {"icae": "0" * 16}}, r"Expected results of the model .* got those of another one \(0{16}\)"),
+        ({"weights": {}}, r"got those of another one \(not recorded\); make them with `icae evaluate answers`"),
+        ({"summary": []}, r"Expected what `icae evaluate answers` writes in .*answers\.json, got AttributeError"),
+        ({"made_by": {}}, r"Expected what `icae evaluate answers` writes in .*answers\.json, got KeyError"),
+        (None, r"Expected results in .*answers\.json, got a damaged file"),
+    ],
+)
+def test_results_of_another_model_and_damaged_ones_are_refused(tmp_path, make_icae, change, message):
+    make_icae().save_pretrained(tmp_path / "icae")
+    record = {
+        "rows": 2,
+        "context_tokens": 16,
+        "summary": {"icae": {"f1": 0.5}},
+        "arguments": {},
+        "made_by": {"command": "icae evaluate answers", "date": "2026-01-01", "commit": None},
+        "weights": {"icae": weights_digest(tmp_path / "icae")},
+    }
+    (tmp_path / "answers.json").write_text(json.dumps(record))
+    write_card(tmp_path / "icae", tmp_path)
+    before = CardFacts.load(tmp_path / "icae")
+    assert before.answers.rows == {"icae": {"f1": 0.5}}
+    (tmp_path / "answers.json").write_text(json.dumps(record | (change or {}))[: None if change else 20])
+    with pytest.raises(ValueError, match=message):
+        write_card(tmp_path / "icae", tmp_path)
+    assert CardFacts.load(tmp_path / "icae") == before
 
 
 def test_the_embedded_checkpoint_s_card_is_that_of_the_results(tmp_path):

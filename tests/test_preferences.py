@@ -345,8 +345,18 @@ def test_rows_too_long_to_be_answered_are_left_out_and_counted(saved, capsys):
     Dataset.from_list(rows[1:2]).to_parquet(folder / "triples.parquet")
     assert main(command) == 2
     assert "Expected rows that the base has positions for, got 1 that are too long" in capsys.readouterr().err
-    assert main([*command, "--samples", "0"]) == 2
-    assert "Expected at least one of `--samples`, beside the greedy answer, got 0" in capsys.readouterr().err
+    for option, said in [
+        (["--samples", "0"], "--samples: expected a whole number of at least 1, got '0'"),
+        (["--batch-size", "0"], "--batch-size: expected a whole number of at least 1, got '0'"),
+        (["--seed", "-3"], "--seed: expected a whole number of at least 0, got '-3'"),
+    ]:
+        with pytest.raises(SystemExit):
+            main([*command, *option])
+        message = capsys.readouterr().err
+        assert said in message and message.startswith("usage: icae write-preferences")
+    for option, said in [("--temperature", "0.0 and 0.95"), ("--top-p", "0.8 and 0.0")]:
+        assert main([*command, option, "0"]) == 2
+        assert f"a `--top-p` above 0 and at most 1, got {said}." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("gap", ["0", "1.5"])
@@ -355,7 +365,7 @@ def test_a_gap_that_makes_no_pairs_is_refused(saved, capsys, gap):
     assert "Expected a `--least-gap` above 0 and at most 1, got " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", [{"response": ""}, {"prompt": None}])
+@pytest.mark.parametrize("wrong", [{"response": ""}, {"prompt": ""}])
 def test_a_row_without_a_text_to_compare_with_is_refused(saved, capsys, wrong):
     folder, _, command = saved
     rows = TRIPLES.to_list()

@@ -418,3 +418,14 @@ def test_the_folder_of_another_model_is_not_written_into(saved, base_folder):
     with pytest.raises(ValueError, match="which holds a model of the type 'llama'; give another one"):
         model.save_pretrained(base_folder)
     assert (base_folder / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ['{"learning_rate": 1}', "[]"])
+def test_a_config_json_of_one_s_own_is_not_written_over(saved, tmp_path, content):
+    model, _ = saved
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"which holds a 'config.json' that is no model's; give another one"):
+        model.save_pretrained(folder)
+    assert [file.name for file in folder.iterdir()] == ["config.json"]

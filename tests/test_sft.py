@@ -978,13 +978,31 @@ def test_no_command_writes_over_the_triples_that_it_reads(tmp_path, monkeypatch,
     assert Path("given.parquet").read_bytes() == before
 
 
+@pytest.mark.parametrize("command", ["write-responses", "write-quotations", "write-preferences"])
+def test_missing_texts_and_empty_files_are_refused_by_all_commands_that_read_triples(tmp_path, capsys, command):
+    from icae.cli import main
+
+    file = str(tmp_path / "given.parquet")
+    words = [command, "--data", file, "--output", str(tmp_path / "new.parquet")]
+    Dataset.from_dict({"context": ["a", None], "prompt": ["b", "b"], "response": ["c", "c"]}).to_parquet(file)
+    assert main(words) == 2
+    assert "a value in each row of the column 'context'" in capsys.readouterr().err
+    for no_rows in (Dataset.from_dict({"context": []}), Dataset.from_parquet(file).select([])):
+        no_rows.to_parquet(file)
+        assert main(words) == 2
+        assert f"Expected rows in {file!r}, got none" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: icae {command}")
+
+
 @pytest.mark.parametrize(
     ("columns", "share", "message"),
     [
         (("context", "prompt"), "0.2", "Expected the columns `context`, `prompt` and `response`, or `input`"),
         (("context",), None, "Expected the columns `context` and `prompt`, or `input` and `prompt`, got ['context']"),
         (("context", "prompt", "response"), "1.2", "Expected a `--least-overlap` from 0 to 1, got 1.2"),
-        (("context", "prompt", "no response"), "0.2", "Expected a response in each row, got none in row 1"),
+        (("context", "prompt", "no response"), "0.2", "Expected a value in each row of the column 'response'"),
     ],
 )
 def test_what_the_teacher_cannot_answer_is_said_before_the_model_is_loaded(tmp_path, columns, share, message, capsys):

@@ -89,7 +89,7 @@ def test_a_finished_run_is_not_taken_for_that_of_a_changed_preset(sweep_file, mo
     def run(command, check):
         folder = Path(command[command.index("--output_dir") + 1])
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "trainer_state.json").write_text('{"log_history": []}')
+        (folder / "trainer_state.json").write_text('{"log_history": [{"eval_lm_loss": 1}]}')
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -98,6 +98,18 @@ def test_a_finished_run_is_not_taken_for_that_of_a_changed_preset(sweep_file, mo
     Path("shared.yaml").write_text(Path("shared.yaml").read_text() + "seed: 7\n")
     assert main(["sweep", str(sweep_file)]) == 2
     assert "to be made by what the sweep says now" in capsys.readouterr().err
+
+
+def test_a_sweep_without_evaluations_says_so(sweep_file, monkeypatch, capsys):
+    def run(command, check):
+        folder = Path(command[command.index("--output_dir") + 1])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "trainer_state.json").write_text('{"log_history": []}')
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert main(["sweep", str(sweep_file)]) == 2
+    assert "Expected evaluations with `eval_lm_loss` in the log of a run, got none" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_ends_the_sweep_with_its_name(sweep_file, monkeypatch, capsys):
@@ -116,6 +128,9 @@ def test_runs_that_a_sweep_does_not_have_are_named(sweep_file, capsys):
     [
         ({"runs": {"a": {}}}, "Expected `stage: pretrain` or `stage: sft` in the run 'a', got None"),
         ({"loss": "f2"}, "Expected `loss` to be one of .* got 'f2'"),
+        ({"shared": None}, "Expected `name: value` pairs under 'shared', got None"),
+        ({"shared": {"sft": 3}}, "Expected `name: value` pairs under 'sft', got 3"),
+        ({"runs": {"a": None}}, "Expected `name: value` pairs under 'a', got None"),
         ({"extra": 1}, "Expected a YAML file with the keys .* got .*'extra'"),
     ],
 )

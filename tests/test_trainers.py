@@ -576,6 +576,30 @@ def test_the_dtype_that_a_machine_is_fast_in_is_used_and_recorded(command_line, 
     assert record["arguments"]["dtype"] == dtype
 
 
+@pytest.mark.parametrize("content", ['{"runs": 3}', "[]"])
+def test_a_run_json_of_one_s_own_is_not_written_over(command_line, capsys, content):
+    from icae.cli import main
+
+    (command_line / "run").mkdir()
+    (command_line / "run" / "run.json").write_text(content)
+    assert main(["pretrain", "--config", str(command_line / "config.yaml")]) == 2
+    assert "Expected no run.json in " in capsys.readouterr().err
+    assert (command_line / "run" / "run.json").read_text() == content
+
+
+def test_a_configuration_file_that_is_missing_or_no_yaml_is_told_in_words(command_line, capsys):
+    from icae.cli import main
+
+    assert main(["pretrain", "--config"]) == 2
+    assert "Expected a YAML file behind `--config`, got none" in capsys.readouterr().err
+    (command_line / "config.yaml").write_text("max_steps: [3\nseed: 1")
+    assert main(["sft", "--config", str(command_line / "config.yaml")]) == 2
+    assert "config.yaml" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--help"])
+    assert capsys.readouterr().out.startswith("usage: icae pretrain")
+
+
 def test_data_must_be_named(command_line, capsys):
     from icae.cli import main
 

@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from icae.hub_upload.layout import ADAPTER_WEIGHTS
@@ -44,7 +45,8 @@ def average(checkpoints: list[Path], output: Path, weights: list[float] | None =
         weights (`list[float]`, *optional*): of the checkpoints, 1 in all; equal by default.
 
     Raises:
-        `ValueError`: if `output` exists, the weights do not fit, or the checkpoints are not of one architecture.
+        `ValueError`: if `output` exists, the weights do not fit, or the checkpoints are damaged or not of one
+            architecture.
     """
     if output.exists():
         raise ValueError(
@@ -56,7 +58,7 @@ def average(checkpoints: list[Path], output: Path, weights: list[float] | None =
             f"Expected a weight of at least 0 for each of {len(checkpoints)} checkpoints, 1 in all, got {weights}."
         )
     configs = [json.loads((folder / "config.json").read_text()) for folder in checkpoints]
-    tensors = {file: [load_file(folder / file) for folder in checkpoints] for file in (ADAPTER_WEIGHTS, SLOTS_FILE)}
+    tensors = {file: [_tensors(folder / file) for folder in checkpoints] for file in (ADAPTER_WEIGHTS, SLOTS_FILE)}
     last = checkpoints[-1]
     for index, other in enumerate(checkpoints[:-1]):
         differences = [name for name in ARCHITECTURE if configs[index].get(name) != configs[-1].get(name)]
@@ -93,6 +95,13 @@ def average(checkpoints: list[Path], output: Path, weights: list[float] | None =
         write_card(output)
 
 
+def _tensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"Expected the tensors of a saved ICAE in {file}, got a damaged file ({error}).") from error
+
+
 def _stages_of_all(own: list[list[TrainingStage]]) -> list[TrainingStage]:
     """Those of the first checkpoint, then what each of the others has beside them."""
     stages: list[TrainingStage] = []
@@ -108,7 +117,9 @@ def _stages_of_all(own: list[list[TrainingStage]]) -> list[TrainingStage]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="A checkpoint whose weights are a mean of those of others.")
+    parser = argparse.ArgumentParser(
+        prog="icae average", description="A checkpoint whose weights are a mean of those of others."
+    )
     parser.add_argument(
         "checkpoints", type=Path, nargs="+", help="folders of saved ICAEs of one training, the last last"
     )

@@ -7,16 +7,14 @@ is (within the first pass through a stream).
 """
 
 from transformers import set_seed
-from trl import TrlParser
 
 from .pretraining_config import ICAEPretrainingConfig
 from .pretraining_trainer import ICAEPretrainingTrainer
-from .scripts import ICAEArguments, ScriptArguments, load_data, load_model, run
+from .scripts import ICAEArguments, ScriptArguments, load_data, load_model, read_arguments, run
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = TrlParser((ScriptArguments, ICAEArguments, ICAEPretrainingConfig))
-    script, icae, config = parser.parse_args_and_config(argv)
+    script, icae, config = read_arguments("pretrain", (ScriptArguments, ICAEArguments, ICAEPretrainingConfig), argv)
     set_seed(config.seed)  # before the adapter and the slots get their first values
     model = load_model(script, icae, cpu=config.use_cpu)
     trainer = ICAEPretrainingTrainer(model, config, *load_data(script, config.seed, config.text_column))

@@ -2,6 +2,8 @@
 
 import gc
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from glob import glob
 from itertools import chain, groupby
@@ -10,10 +12,12 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets, load_dataset
+from trl import TrlParser
 
 from icae.configuration_icae import ICAEConfig
 from icae.dtypes import resolve_dtype
 from icae.embedded import EMBEDDED_BASE_ID, embedded_base
+from icae.evaluation.files import read_rows
 from icae.evaluation.record import write_record
 from icae.model_cards import DataSource
 from icae.modeling_icae import ICAEForConditionalGeneration
@@ -87,6 +91,19 @@ class ICAEArguments:
     )
 
 
+def read_arguments(command: str, kinds: Sequence[type], argv: list[str] | None) -> tuple:
+    """
+    What the configuration file and the words behind it say.
+
+    Raises:
+        `ValueError`: if `--config` comes without a file.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    if words[-1:] == ["--config"]:
+        raise ValueError("Expected a YAML file behind `--config`, got none.")
+    return TrlParser(kinds, prog=f"icae {command}").parse_args_and_config(words)
+
+
 def load_model(script: ScriptArguments, icae: ICAEArguments, *, cpu: bool) -> ICAEForConditionalGeneration:
     """
     A new model, or the one to go on from. `cpu`: it will be trained there, whatever else there is.
@@ -120,11 +137,6 @@ def load_model(script: ScriptArguments, icae: ICAEArguments, *, cpu: bool) -> IC
     return model
 
 
-def load_parquet(files: list[str], streaming: bool = False):
-    """The rows of local Parquet files."""
-    return load_dataset("parquet", data_files=files, split="train", streaming=streaming)
-
-
 def load_documents(script: ScriptArguments, files: list[str] | None, seed: int, text_column: str = "text"):
     """
     The documents of local Parquet files, or none without files. With `document_characters`, of each file as many whole
@@ -135,7 +147,7 @@ def load_documents(script: ScriptArguments, files: list[str] | None, seed: int, 
             or if a document is missing.
     """
     if script.document_characters is None:
-        return load_parquet(files, script.streaming) if files else None
+        return read_rows(files, script.streaming) if files else None
     if not files or script.streaming:
         raise ValueError(
             "Expected `document_characters` with local files of documents that are not streamed, got "
@@ -143,7 +155,7 @@ def load_documents(script: ScriptArguments, files: list[str] | None, seed: int, 
         )
     parts = []
     for file in chain(*(sorted(glob(pattern)) or [pattern] for pattern in files)):
-        documents = load_parquet([file]).select_columns(text_column)
+        documents = read_rows([file]).select_columns(text_column)
         shuffled = documents.shuffle(seed=seed)
         if None in (texts := shuffled[text_column][:]):
             row = documents[text_column][:].index(None)
@@ -171,11 +183,11 @@ def load_data(script: ScriptArguments, seed: int, text_column: str | None = None
     if text_column is not None:
         train = load_documents(script, script.train_files, seed, text_column)
     else:
-        train = load_parquet(script.train_files, streaming) if script.train_files else None
+        train = read_rows(script.train_files, streaming) if script.train_files else None
     if train is None:
         train = load_dataset(*name, split=script.train_split, streaming=streaming)
     if script.eval_files:
-        evaluation = load_parquet(script.eval_files)
+        evaluation = read_rows(script.eval_files)
     elif script.eval_split:
         evaluation = load_dataset(*name, split=script.eval_split, streaming=streaming)
     if script.train_samples is not None:
@@ -216,12 +228,18 @@ def run(trainer: ICAETrainer, script: ScriptArguments, icae: ICAEArguments) -> N
     complete stays as it is. Several processes part at the end.
 
     Raises:
-        `ValueError`: if the run was begun with a base in another dtype, or a new one would mix with an old one.
+        `ValueError`: if the run was begun with a base in another dtype, if a new one would mix with an old one, or if
+            `run.json` is not of a run.
     """
     output_dir = trainer.args.output_dir
     file = Path(output_dir, "run.json")
     checkpoint = last_checkpoint(output_dir)
     before = json.loads(file.read_text()) if file.is_file() else {}
+    if file.is_file() and not (isinstance(before, dict) and {"arguments", "seed"} <= before.keys()):
+        raise ValueError(
+            f"Expected no run.json in {output_dir!r}, or that of a run, got another file of this name; give another "
+            "`--output_dir`."
+        )
     if checkpoint and not script.resume:
         raise ValueError(
             f"Expected a folder without checkpoints, got {output_dir!r}; go on from them with `--resume true`, remove "

@@ -9,9 +9,8 @@ goes on with `--resume true`, exactly where its last checkpoint is (within the f
 from dataclasses import dataclass, field
 
 from transformers import EarlyStoppingCallback, set_seed
-from trl import TrlParser
 
-from .scripts import ICAEArguments, ScriptArguments, load_data, load_documents, load_model, run
+from .scripts import ICAEArguments, ScriptArguments, load_data, load_documents, load_model, read_arguments, run
 from .sft_config import ICAESFTConfig
 from .sft_trainer import ICAESFTTrainer
 
@@ -31,8 +30,7 @@ class SFTArguments(ScriptArguments):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = TrlParser((SFTArguments, ICAEArguments, ICAESFTConfig))
-    script, icae, config = parser.parse_args_and_config(argv)
+    script, icae, config = read_arguments("sft", (SFTArguments, ICAEArguments, ICAESFTConfig), argv)
     if script.early_stopping_patience is not None and config.metric_for_best_model is None:
         raise ValueError(
             "Expected `metric_for_best_model` beside `early_stopping_patience`, for example `--metric_for_best_model "

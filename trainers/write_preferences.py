@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset, Features
 from tqdm.auto import tqdm
 
-from icae.cli import add_dtype_argument, load_model
+from icae.cli import add_dtype_argument, load_model, whole_number
 from icae.evaluation.measures import overlap
 from icae.evaluation.triples import check_other_file, load_triples
 from icae.modeling_icae import GREEDY, ICAEForConditionalGeneration
@@ -76,27 +76,33 @@ def load_rows(file: str) -> Dataset:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Pairs of a model's own better and worse answers, beside given rows.")
+    parser = argparse.ArgumentParser(
+        prog="icae write-preferences",
+        description="Pairs of a model's own better and worse answers, beside given rows.",
+    )
     parser.add_argument("--data", required=True, help="Parquet file: context, prompt, response")
     parser.add_argument("--output", required=True, help="Parquet file to write: those rows and the pairs")
     parser.add_argument("--model", help="the ICAE that answers (default: the embedded checkpoint)")
     parser.add_argument("--base", help="its base, if not where the ICAE says")
     add_dtype_argument(parser)
-    parser.add_argument("--samples", type=int, default=4, help="answers by chance, beside the greedy one")
+    parser.add_argument("--samples", type=whole_number(1), default=4, help="answers by chance, beside the greedy one")
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--least-gap", type=float, default=0.08, help="of overlap, above 0; others make no pair")
-    parser.add_argument("--max-new-tokens", type=int, default=48)
-    parser.add_argument("--batch-size", type=int, default=6, help="prompts answered at once")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-new-tokens", type=whole_number(1), default=48)
+    parser.add_argument("--batch-size", type=whole_number(1), default=6, help="prompts answered at once")
+    parser.add_argument("--seed", type=whole_number(0), default=0)
     arguments = parser.parse_args(argv)
     check_other_file(arguments.data, arguments.output)
     import rouge_score  # noqa: F401 (of the extra `eval`: it should not be missed after the hours that answers take)
 
     if not 0 < arguments.least_gap <= 1:
         raise ValueError(f"Expected a `--least-gap` above 0 and at most 1, got {arguments.least_gap}.")
-    if arguments.samples < 1:
-        raise ValueError(f"Expected at least one of `--samples`, beside the greedy answer, got {arguments.samples}.")
+    if arguments.temperature <= 0 or not 0 < arguments.top_p <= 1:
+        raise ValueError(
+            "Expected a `--temperature` above 0 and a `--top-p` above 0 and at most 1, got "
+            f"{arguments.temperature} and {arguments.top_p}."
+        )
     given = load_rows(arguments.data)
     model = load_model(arguments.model, arguments.base, arguments.dtype)
     prefix_length = len(model._prefix("instruction"))

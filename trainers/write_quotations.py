@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from icae.cli import whole_number
 from icae.evaluation.triples import TEXT, check_other_file, load_triples
 
 
@@ -66,11 +67,13 @@ def _parts(context: str, words: list[tuple[int, int]], sizes: list[int], rng: np
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Prompts whose responses stand in the context, beside given triples.")
+    parser = argparse.ArgumentParser(
+        prog="icae write-quotations", description="Prompts whose responses stand in the context, beside given triples."
+    )
     parser.add_argument("--data", required=True, help="Parquet file: context, prompt, response")
     parser.add_argument("--output", required=True, help="Parquet file to write: those rows and the new ones")
-    parser.add_argument("--per-context", type=int, default=2, help="new rows per context, at most")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--per-context", type=whole_number(1), default=2, help="new rows per context, at most")
+    parser.add_argument("--seed", type=whole_number(0), default=0)
     arguments = parser.parse_args(argv)
     check_other_file(arguments.data, arguments.output)
     dataset = load_triples(arguments.data)

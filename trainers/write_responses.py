@@ -15,7 +15,7 @@ from itertools import chain
 
 import torch
 
-from icae.cli import add_dtype_argument, load_model
+from icae.cli import add_dtype_argument, load_model, whole_number
 from icae.evaluation.measures import overlap
 from icae.evaluation.readers import TokenReader
 from icae.evaluation.triples import TEXT, check_other_file, load_triples
@@ -30,14 +30,16 @@ def whole_sentences(text: str) -> str:
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Responses of the frozen base with the whole context.")
+    parser = argparse.ArgumentParser(
+        prog="icae write-responses", description="Responses of the frozen base with the whole context."
+    )
     parser.add_argument("--data", required=True, help="Parquet file: context, prompt (other columns are kept)")
     parser.add_argument("--output", required=True, help="Parquet file to write")
     parser.add_argument("--model", help="an ICAE, whose base answers (default: the embedded checkpoint)")
     parser.add_argument("--base", help="its base, if not where the ICAE says")
     add_dtype_argument(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-new-tokens", type=whole_number(1), default=128)
+    parser.add_argument("--batch-size", type=whole_number(1), default=8)
     parser.add_argument("--cut", action="store_true", help="end answers of full length with their last whole sentence")
     parser.add_argument("--least-overlap", type=float, help="with the row's response, which else stays (from 0 to 1)")
     arguments = parser.parse_args(argv)
@@ -51,10 +53,6 @@ def main(argv: list[str] | None = None) -> None:
 
         if dataset.features["response"] not in TEXT:
             raise ValueError(f"Expected responses that are text, got {dataset.features['response']}; decode them.")
-        if None in (responses := dataset["response"][:]):
-            raise ValueError(
-                f"Expected a response in each row, got none in row {responses.index(None)}; filter the rows."
-            )
     model = load_model(arguments.model, arguments.base, arguments.dtype)
     room = model._num_positions - len(model._prefix("instruction")) - arguments.max_new_tokens  # context and prompt
     teacher = TokenReader(model.language_model, model, lambda ids: ids)

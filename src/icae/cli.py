@@ -1,12 +1,15 @@
 """The command `icae`: use a model, train it, measure it, publish it; see `icae --help`."""
 
 import argparse
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
+from importlib.metadata import requires
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
+import yaml
 from safetensors import SafetensorError, safe_open
 
 from icae.dtypes import DTYPES, resolve_dtype
@@ -51,13 +54,23 @@ def main(argv: list[str] | None = None) -> int:
 def _run(command) -> int:
     try:
         command()
-    except (ValueError, TypeError, ImportError, OSError, SafetensorError) as error:
-        print(f"icae: {error}", file=sys.stderr)
+    except (ValueError, TypeError, ImportError, OSError, SafetensorError, yaml.YAMLError) as error:
+        print(f"icae: {error}{_how_to_install(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
     return 0
+
+
+def _how_to_install(error: Exception) -> str:
+    """Advice for a package that is missing because only some commands need it."""
+    missing = (getattr(error, "name", None) or "").partition(".")[0]
+    for requirement in requires("icae") or ():
+        found = re.match(r"""([\w-]+).*extra == ["'](\w+)["']""", requirement)
+        if isinstance(error, ModuleNotFoundError) and found and found[1].replace("-", "_") == missing:
+            return f"; this command needs more than the others: `pip install 'icae[{found[2]}]'`"
+    return ""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--context", nargs="+", metavar="FILE", help="text files, or - for standard input")
     ask.add_argument("--memory", metavar="FILE", help="memory file, instead of texts")
     ask.add_argument("--prompt", nargs="+", metavar="TEXT", help="what to ask")
-    ask.add_argument("--max-new-tokens", type=int, default=128, help="most tokens of an answer (default: 128)")
+    ask.add_argument(
+        "--max-new-tokens", type=whole_number(1), default=128, help="most tokens of an answer (default: 128)"
+    )
     ask.set_defaults(run=_ask)
 
     demo = commands.add_parser("demo", help="compress passages of several kinds and show what comes back")
@@ -128,6 +143,17 @@ def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="dtype of the base (default: auto; float32 on processors that only imitate bfloat16)",
     )
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """For `type` of an argument: whole numbers of at least so much."""
+
+    def read(word: str) -> int:
+        if not re.fullmatch(r"[+-]?\d+", word) or int(word) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {word!r}")
+        return int(word)
+
+    return read
 
 
 def load_model(model: str | None, base: str | None, dtype: str, **options):
@@ -192,8 +218,6 @@ def _ask(arguments: argparse.Namespace) -> None:
 
     if (arguments.context is None) == (arguments.memory is None):
         raise ValueError("Expected either `--context` or `--memory`, got neither or both.")
-    if arguments.max_new_tokens < 1:
-        raise ValueError(f"Expected `--max-new-tokens` of at least 1, got {arguments.max_new_tokens}.")
     if arguments.memory and arguments.window is not None:
         raise ValueError("Expected `--window` with `--context`, which is compressed now, got it with `--memory`.")
     if arguments.context and "-" in arguments.context and arguments.prompt is None:
@@ -219,6 +243,8 @@ def _typed_prompts(model) -> Iterator[list[int]]:
             prompt = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise ValueError(f"Expected prompts in {sys.stdin.encoding}, got other bytes ({error}).") from error
         if not prompt:
             return
         yield from model.encode_prompts([prompt])
