@@ -249,6 +249,12 @@ def test_prompts_that_cannot_be_decoded_are_refused(options, tmp_path, monkeypat
     assert "Expected prompts in utf-8, got other bytes" in capsys.readouterr().err
 
 
+def test_a_name_that_is_not_found_anywhere_is_said(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert main(["ask", "--model", "no-such-icae", "--context", str(tmp_path / "text.txt")]) == 2
+    assert "Expected the folder or Hub id of an ICAE, got 'no-such-icae': " in capsys.readouterr().err
+
+
 def test_a_package_that_only_some_commands_need_is_named_with_its_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     for module in ("icae.evaluation.sweep", "icae.evaluation.curves"):

@@ -15,7 +15,7 @@ from icae.evaluation import record
 @pytest.mark.parametrize(
     ("module", "words", "command"),
     [
-        (None, ["/opt/bin/icae", "pretrain", "--config", "/home/me/c.yaml"], "icae pretrain --config c.yaml"),
+        (None, ["/opt/bin/icae", "pretrain", "--config", "/srv/c.yaml"], "icae pretrain --config c.yaml"),
         ("icae.cli", ["cli.py", "sft"], "python -m icae.cli sft"),
         ("icae.__main__", ["__main__.py", "sft"], "python -m icae sft"),
         (None, ["train.py", "--seed", "3"], "python train.py --seed 3"),

@@ -169,8 +169,12 @@ def load_model(model: str | None, base: str | None, dtype: str, **options):
             "Expected `--model`, the folder or Hub id of an ICAE: this installation has no embedded checkpoint, which "
             "only a source checkout carries."
         )
+    try:
+        config = ICAEConfig.from_pretrained(model)
+    except OSError as error:  # which may not say what was looked for
+        raise OSError(f"Expected the folder or Hub id of an ICAE, got {str(model)!r}: {error}") from error
     # Not by its name: others are trained on the weights that the Hub has under it.
-    if base is None and ICAEConfig.from_pretrained(model).base_model_fingerprint == EMBEDDED_BASE_FINGERPRINT:
+    if base is None and config.base_model_fingerprint == EMBEDDED_BASE_FINGERPRINT:
         base = embedded_base()
     loaded = ICAEForConditionalGeneration.from_pretrained(
         model, base_model=base, dtype=resolve_dtype(dtype), **options
