@@ -5,16 +5,21 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback
 from trl import SFTConfig
 
 from icae.evaluation.record import hardware, versions
 
 from .card import MEASURES, put_card, render
-from .facts import CardFacts, DataSource, TrainingStage
+from .facts import TRAINED, CardFacts, DataSource, TrainingStage
 
 
 # Own fields of the training arguments that have no part in the training itself.
+PREPARATION = (
+    *("max_spans", "short_share", "continuation_length", "shuffled_share", "max_context_length", "max_prompts"),
+    "pretraining_share",
+)
 NOT_SETTINGS = ("eval_reconstructions", "eval_generations", "max_new_tokens", "text_column")
 
 
@@ -56,6 +61,8 @@ class CardCallback(TrainerCallback):
             self._started_from = Path(source).name if Path(source).is_dir() else source
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if self._final and state.global_step == 0:  # the second run of this trainer, from the end of its first
+            self._earlier = CardFacts.of(self.trainer.model)
         self._start, self._seconds, self._final = time.monotonic(), 0.0, None
         self.facts()  # what was set is refused now, not after hours
         if state.global_step > 0:  # resumed
@@ -74,6 +81,14 @@ class CardCallback(TrainerCallback):
             self._final = (CardFacts.load(best).stages if best else [self._stage()])[-1]
             self.facts().save(args.output_dir)
             self.write_card()
+        self._final = self._final or self._stage()
+        TRAINED[self.trainer.model] = self.facts()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self._final:  # after training, of the weights that it has come to
+            found = _evaluation_at(state.log_history, state.global_step)
+            self._final = replace(self._final, evaluation=found or self._final.evaluation)
+            TRAINED[self.trainer.model] = self.facts()
 
     def facts(self) -> CardFacts:
         """
@@ -112,30 +127,42 @@ class CardCallback(TrainerCallback):
         return TrainingStage(
             name=self.trainer._name,
             steps=state.global_step,
-            rows_per_step=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            # `auto_find_batch_size` may have lowered what the arguments say.
+            rows_per_step=(state.train_batch_size or args.train_batch_size)
+            * args.gradient_accumulation_steps
+            * args.world_size,
             learning_rate=float(args.learning_rate),
             schedule=str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
             warmup_steps=args.get_warmup_steps(state.max_steps),
             optimizer=str(getattr(args.optim, "value", args.optim)),
             seed=args.seed,
             context_tokens=int(state.num_input_tokens_seen),
-            settings=_settings(args),
+            settings=_settings(args, self.trainer.train_dataset if self.trainer.was_prepared else None),
             started_from=self._started_from,
             hardware=_hardware(args.world_size),
             seconds=None if self._seconds is None else round(self._seconds + time.monotonic() - self._start, 1),
             versions=versions(),
-            evaluation=_last_evaluation(state.log_history),
+            evaluation=_evaluation_at(state.log_history, state.global_step),
         )
 
 
-def _settings(args) -> dict[str, Any]:
-    """Fields that the trainer's own arguments add to TRL's, as far as they are used."""
-    inherited = {field.name for field in fields(SFTConfig)} | set(NOT_SETTINGS)
+def _settings(args, samples: Dataset | IterableDataset | None = None) -> dict[str, Any]:
+    """
+    Fields that the trainer's own arguments add to TRL's, as far as they are used: of `samples`, which were prepared
+    elsewhere, not those that the trainer would have prepared them with.
+    """
+    left_out = {field.name for field in fields(SFTConfig)} | {
+        *NOT_SETTINGS,
+        *(PREPARATION if samples is not None else ()),
+    }
     settings = {
         field.name: value
         for field in fields(args)
-        if field.name not in inherited and (value := getattr(args, field.name)) not in (None, False, 0)
+        if field.name not in left_out
+        and ((value := getattr(args, field.name)) not in (None, False, 0) or field.name == "autoencoding_weight")
     }
+    if isinstance(samples, Dataset) and "length" in samples.column_names:
+        settings["longest_context"] = max(samples["length"])
     if "preference_weight" not in settings:
         settings.pop("beta", None)
     return settings
@@ -148,11 +175,12 @@ def _hardware(processes: int) -> str:
     return f"{processes} × {one}" if processes > 1 else one
 
 
-def _last_evaluation(history: list[dict[str, float]]) -> dict[str, float]:
+def _evaluation_at(history: list[dict[str, float]], step: int) -> dict[str, float]:
+    """The last evaluation, if it was at this step: an earlier one is of other weights."""
     # "loss" is the weighted sum of a trainer's tasks, which only that trainer can compare.
     known = {f"eval_{name}": name for name in MEASURES if name != "loss"}
     for entry in reversed(history):
         found = {name: float(entry[key]) for key, name in known.items() if key in entry}
         if found:
-            return found
+            return found if entry["step"] == step else {}
     return {}

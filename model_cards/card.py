@@ -400,6 +400,9 @@ def _longest(stages: list[TrainingStage], config: ICAEConfig) -> int | None:
     lengths = [0]
     for stage in stages:
         tunes, settings = stage.name == "ICAE SFT", stage.settings
+        if "longest_context" in settings:  # of samples that were prepared elsewhere
+            lengths.append(settings["longest_context"])
+            continue
         if tunes and settings:
             if settings.get("max_context_length") is None:
                 return None

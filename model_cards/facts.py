@@ -12,6 +12,7 @@ import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
@@ -23,6 +24,8 @@ from icae.modeling_icae.pretrained_icae import ADAPTER_FOLDER, SLOTS_FILE
 
 
 CARD_FACTS = "icae_card.json"
+# Facts of models in memory that have been trained, beyond those of the files that they were loaded from.
+TRAINED: WeakKeyDictionary[PreTrainedModel, "CardFacts"] = WeakKeyDictionary()
 INSTRUCTION_STAGE = "ICAE SFT"  # the name of its trainer
 # What the Hub takes in a card's metadata.
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -212,7 +215,9 @@ class CardFacts:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "CardFacts":
-        """The facts beside the files that a model was loaded from, in a folder or on the Hub."""
+        """Those of its training, or beside the files that it was loaded from, in a folder or on the Hub."""
+        if model in TRAINED:
+            return TRAINED[model]
         source = model.name_or_path
         if is_hub_id(source):
             silent = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")

@@ -28,13 +28,13 @@ def chat_pieces(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any
     channel of answers, if it has channels. With `answer`, the last message is a complete one of the assistant's. A
     base without a template gets blank lines.
     """
-    if tokenizer.chat_template is None:
-        return ["", "\n\n", *["\n\n"] * (len(messages) - answer), *[""] * answer]
     if not messages or messages[0]["role"] != "user":
         raise ValueError(
             "Expected a conversation that starts with the user's message, behind which the context stands, got the "
             f"roles {[message['role'] for message in messages]}; put instructions into the user's message."
         )
+    if tokenizer.chat_template is None:
+        return ["", "\n\n", *["\n\n"] * (len(messages) - answer), *[""] * answer]
     pieces = _around(tokenizer, messages, add_generation_prompt=not answer)
     if messages[-1]["role"] != "assistant":
         *_, start, _ = _around(tokenizer, [*messages, {"role": "assistant"}], add_generation_prompt=False)

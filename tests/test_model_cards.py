@@ -439,6 +439,43 @@ def test_a_run_that_goes_on_from_a_checkpoint_carries_its_stage_over(make_icae, 
     assert str(tmp_path) not in card + (tmp_path / "second" / CARD_FACTS).read_text()
 
 
+def test_stages_in_one_process_are_all_on_the_card(make_icae, tmp_path):
+    model = make_icae()
+    trainer = pretrain(model, tmp_path / "first", max_steps=2)
+    trainer.train()
+    trainer.train()
+    args = ICAESFTConfig(output_dir=str(tmp_path / "second"), eval_generations=0, **(SHORT_RUN | {"max_steps": 3}))
+    ICAESFTTrainer(model, args, TRIPLES).train()
+    stages = CardFacts.load(tmp_path / "second").stages
+    assert [(stage.name, stage.steps) for stage in stages] == [
+        ("ICAE pretraining", 2),
+        ("ICAE pretraining", 2),
+        ("ICAE SFT", 3),
+    ]
+
+
+def test_a_card_states_only_what_was_measured_of_these_weights(make_icae, tmp_path):
+    trainer = pretrain(make_icae(), tmp_path, max_steps=2, eval_on_start=True)
+    trainer.train()
+    assert CardFacts.load(tmp_path).stages[0].evaluation == {}
+    logged = trainer.evaluate()
+    assert trainer.card.facts().stages[0].evaluation["ae_loss"] == logged["eval_ae_loss"]
+
+
+def test_of_samples_that_were_prepared_elsewhere_the_card_states_the_longest(make_icae, tmp_path):
+    samples = Dataset.from_list([{"context_ids": [7] * 30, "continuation_ids": [], "length": 30}] * 4)
+    options = SHORT_RUN | {"max_steps": 1, "eval_reconstructions": 0, "autoencoding_weight": 1.0}
+    ICAEPretrainingTrainer(make_icae(), ICAEPretrainingConfig(str(tmp_path), **options), samples).train()
+    (stage,) = CardFacts.load(tmp_path).stages
+    assert stage.settings == {"autoencoding_weight": 1.0, "longest_context": 30}
+    assert "Trained on contexts of up to 30 tokens" in (tmp_path / "README.md").read_text()
+
+
+def test_a_weight_of_zero_is_a_setting(make_icae, tmp_path):
+    pretrain(make_icae(), tmp_path, max_steps=1, autoencoding_weight=0.0).train()
+    assert CardFacts.load(tmp_path).stages[0].settings["autoencoding_weight"] == 0
+
+
 def test_a_resumed_run_is_one_stage_with_the_time_of_both_parts(make_icae, tmp_path):
     pretrain(make_icae(), tmp_path / "run", max_steps=3).train()
     checkpoint = tmp_path / "run" / "checkpoint-3"

@@ -171,6 +171,33 @@ def test_a_tiny_icae_learns_to_prefer_the_responses_and_leaves_the_base_alone(ma
     assert all(torch.equal(after[name], tensor) for name, tensor in frozen.items())
 
 
+def test_a_step_with_pairs_is_the_same_however_it_is_cut_into_batches(make_icae, make_trainer):
+    found = []
+    for size in (8, 4, 2, 1):
+        torch.manual_seed(0)
+        model = make_icae()
+        samples = prepare_sft_dataset(PAIRS, model, pretraining_share=0.5, max_spans=1)
+        assert len(samples) == 8 and sum(map(any, samples["rejected_ids"])) == 3
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size, "max_steps": 1}
+        trainer = make_trainer(f"by {size}", model=model, data=samples, beta=4.0, **options)
+        trainer._add_reference_margins()
+        margins = [[margin - 0.5 for margin in row] for row in trainer.train_dataset["reference_margins"]]
+        trainer.train_dataset = trainer.train_dataset.remove_columns("reference_margins")
+        trainer.train_dataset = trainer.train_dataset.add_column("reference_margins", margins)
+        trainer.train()
+        logged = trainer.state.log_history[0]
+        names = ("loss", "response_loss", "ae_loss", "grad_norm", "rewards/accuracies", "rewards/margins")
+        found.append([logged[name] for name in names])
+    assert found[0][-1] == pytest.approx(2, rel=1e-3)
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-3)
+
+
+def test_a_stream_with_rejected_responses_is_refused_without_a_weight_as_well(make_trainer):
+    with pytest.raises(ValueError, match="Expected a stream without a column `rejected`, got one"):
+        make_trainer(data=PAIRS.to_iterable_dataset(), preference_weight=0.0)
+
+
 def test_a_resumed_run_compares_with_the_start_as_an_unbroken_one_does(make_trainer):
     def rewards(trainer):
         return [entry["rewards/margins"] for entry in trainer.state.log_history if "rewards/margins" in entry]

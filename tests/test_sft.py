@@ -577,7 +577,7 @@ def test_evaluation_shows_what_tuning_costs_reconstruction(make_trainer):
         expected = model(**DataCollatorForICAEPretraining()(samples(trainer.eval_dataset))).loss.item()
     assert logged["eval_ae_loss"] == pytest.approx(expected, rel=1e-4)
     assert logged["eval_ae_loss_other_text"] != logged["eval_ae_loss"]
-    weighed = 0.75 * logged["eval_response_loss"] + 0.25 * 0.4 * logged["eval_ae_loss"]
+    weighed = 0.75 * logged["eval_response_loss"] + 0.25 * logged["eval_ae_loss"]
     assert logged["eval_loss"] == pytest.approx(weighed, rel=1e-4)
 
 
@@ -1069,6 +1069,70 @@ def test_patience_without_a_measure_is_refused_before_anything_is_loaded(config_
     assert "Expected `metric_for_best_model` beside `early_stopping_patience`" in capsys.readouterr().err
 
 
+def test_the_held_out_loss_does_not_depend_on_the_batches(make_trainer):
+    rows = {
+        "context": ["A red cat.", "It sat there."],
+        "prompt": ["Who?", "Where?"],
+        "response": ["cat", "there, long"],
+    }
+    samples = prepare_sft_dataset(Dataset.from_dict(rows), make_trainer().model, pretraining_share=0.4)
+    assert {len(sample["prompt_ids"]) for sample in samples} == {0, 1}
+    found = []
+    for size in (1, 2, 4):
+        trainer = make_trainer(per_device_eval_batch_size=size, eval_generations=0)
+        torch.manual_seed(0)
+        for parameter in trainer.model.trainable_parameters().values():
+            torch.nn.init.normal_(parameter, std=0.1)
+        logged = trainer.evaluate(samples)
+        tested = trainer.predict(samples).metrics
+        assert tested["test_loss"] == pytest.approx(logged["eval_loss"])
+        names = ("loss", "response_loss", "ae_loss", "lm_loss", "ae_accuracy")
+        found.append([logged[f"eval_{name}"] for name in names])
+    assert found[1] == pytest.approx(found[0], rel=1e-4) and found[2] == pytest.approx(found[0], rel=1e-4)
+    loss, of_responses, written_out, gone_on, _ = found[0]
+    assert loss == pytest.approx(0.6 * of_responses + 0.4 * (0.5 * written_out + 0.5 * gone_on), rel=1e-4)
+
+
+def test_a_prepared_stream_is_evaluated_again(make_trainer):
+    trainer = make_trainer(data=TRIPLES.to_iterable_dataset(), eval_generations=0)
+    assert trainer.evaluate(trainer.eval_dataset)["eval_loss"] == trainer.evaluate()["eval_loss"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({}, "Expected triples, got none"),
+        ({"context": [], "prompt": [], "response": []}, "Expected triples, got none"),
+        (
+            {"input": ["a"], "prompt": ["b"], "answer": ["c"], "response": ["d"]},
+            r"Expected PwC's columns or this package's, got both .*; remove \['response'\]",
+        ),
+        (
+            {"context": ["a"], "prompt": ["b"], "response": [[{"role": "user", "content": "c"}]]},
+            "Expected a response of the assistant's, got one of the role 'user'",
+        ),
+    ],
+)
+def test_rows_that_are_no_triples_are_refused(make_icae, rows, message):
+    with pytest.raises(ValueError, match=message):
+        prepare_sft_dataset(Dataset.from_dict(rows), make_icae())
+
+
+def test_a_response_may_be_the_assistant_s_message(make_icae):
+    model, row = make_icae(), {"context": ["a"], "prompt": [[{"role": "user", "content": "b"}]]}
+    said = [
+        prepare_sft_dataset(Dataset.from_dict(row | {"response": [response]}), model)["response_ids"][:]
+        for response in ("c", [{"role": "assistant", "content": "c"}])
+    ]
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("data", [None, TRIPLES.to_list(), datasets.DatasetDict(train=TRIPLES)])
+def test_what_is_no_data_set_is_refused_by_its_type(make_trainer, data):
+    with pytest.raises(TypeError, match=f"`train_dataset` to be a `Dataset` or .*, got {type(data).__name__}"):
+        make_trainer(data=data)
+
+
 @pytest.mark.slow
 def test_two_processes_measure_all_of_the_held_out_data_together_and_part_at_the_end(config_file):
     """Each computes a part; both must know the means, by which runs stop early and the best checkpoint is chosen."""
@@ -1079,7 +1143,8 @@ def test_two_processes_measure_all_of_the_held_out_data_together_and_part_at_the
         "assert not any('gloo' in name for name in threads), 'a process that exits now may abort'\nsys.exit(code)\n"
     )
     options = ["sft", "--config", str(config_file), "--max_steps", "1", "--eval_on_start", "true"]
-    options += ["--per_device_eval_batch_size", "1", "--eval_generations", "0", "--output_dir"]
+    # One process fills its part up with a row of the other's.
+    options += ["--per_device_eval_batch_size", "1", "--eval_samples", "3", "--eval_generations", "0", "--output_dir"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     found = []
     for folder, launcher in (("alone", []), ("together", torchrun)):

@@ -192,13 +192,58 @@ def test_accuracy_by_position_is_of_the_texts_that_have_it(make_icae, tmp_path):
     assert len(quarters) == 3 and all(0 <= value <= 1 for value in quarters.values())
 
 
-def test_a_streamed_set_beside_one_in_memory_is_not_dealt_out(make_icae, tmp_path):
+def test_streams_are_not_dealt_out(make_trainer):
     """Batches of texts of different lengths cannot be joined and dealt out to processes."""
-    for streamed in (False, True):
-        held_out = DOCUMENTS.to_iterable_dataset() if streamed else DOCUMENTS
-        args = ICAEPretrainingConfig(output_dir=str(tmp_path), **SHORT_RUN)
-        trainer = ICAEPretrainingTrainer(make_icae(), args, DOCUMENTS, held_out)
-        assert trainer.accelerator.dispatch_batches is (False if streamed else None)
+    assert make_trainer().accelerator.dispatch_batches is False
+
+
+UNEQUAL = Dataset.from_list(
+    [
+        {"context_ids": [7] * 8, "continuation_ids": [], "length": 8},
+        {"context_ids": [8, 9, 7], "continuation_ids": [], "length": 3},
+        {"context_ids": [7, 8] * 7, "continuation_ids": [5, 6, 7, 8], "length": 14},
+        {"context_ids": [9] * 5, "continuation_ids": [], "length": 5},
+    ]
+)
+
+
+def test_a_step_is_the_same_however_it_is_cut_into_batches(make_icae, tmp_path):
+    """Its losses are means over all of its targets, and λ is that of the step."""
+    found = []
+    for size in (4, 2, 1):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "max_steps": 1}
+        args = ICAEPretrainingConfig(str(tmp_path / str(size)), **(SHORT_RUN | options), autoencoding_weight=0.4)
+        torch.manual_seed(0)
+        trainer = ICAEPretrainingTrainer(make_icae(), args, UNEQUAL)
+        trainer.train()
+        logged = trainer.state.log_history[0]
+        assert logged["loss"] == pytest.approx(0.4 * logged["ae_loss"] + 0.6 * logged["lm_loss"], rel=1e-4)
+        found.append([logged[name] for name in ("loss", "ae_loss", "lm_loss", "grad_norm", "grad_norm_slots")])
+    assert found[1] == pytest.approx(found[0], rel=1e-4) and found[2] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_the_held_out_loss_is_the_same_however_it_is_cut_into_batches(make_icae, tmp_path):
+    found = []
+    for size in (4, 2, 1):
+        options = SHORT_RUN | {"per_device_eval_batch_size": size, "eval_reconstructions": 0}
+        args = ICAEPretrainingConfig(str(tmp_path), **options, autoencoding_weight=0.4)
+        torch.manual_seed(0)
+        logged = ICAEPretrainingTrainer(make_icae(), args, UNEQUAL, UNEQUAL).evaluate()
+        assert logged["eval_loss"] == pytest.approx(0.4 * logged["eval_ae_loss"] + 0.6 * logged["eval_lm_loss"])
+        found.append(logged["eval_loss"])
+    assert found[1] == pytest.approx(found[0], rel=1e-4) and found[2] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_samples_without_a_target_are_refused(make_icae, tmp_path):
+    args = ICAEPretrainingConfig(output_dir=str(tmp_path), **SHORT_RUN)
+    empty = Dataset.from_dict({"text": ["", ""]})
+    with pytest.raises(ValueError, match="Expected samples to train on, got none: no row has a target"):
+        ICAEPretrainingTrainer(make_icae(), args, empty)
+    with pytest.raises(ValueError, match="Expected held-out samples, got none: no row has a target"):
+        ICAEPretrainingTrainer(make_icae(), args, DOCUMENTS, empty)
+    args.autoencoding_weight = 0
+    with pytest.raises(ValueError, match="Expected samples to train on, got none: no row has a target"):
+        ICAEPretrainingTrainer(make_icae(), args, Dataset.from_dict({"text": ["abc"]}))
 
 
 def test_fsdp_which_sees_no_gradient_that_comes_through_the_cache_is_refused(make_trainer, monkeypatch):
@@ -715,8 +760,7 @@ def test_two_processes_see_the_samples_of_one_and_learn_the_same(command_line):
     histories = {}
     for name, prefix, rows in (("one", [], 2), ("two", launch, 1)):
         options = ["--output_dir", str(command_line / name), "--per_device_train_batch_size", str(rows)]
-        # Equal lengths, so that the mean over a batch is the mean of the means over its halves.
-        options += ["--max_spans", "1", "--short_share", "0", "--continuation_length", "0"]
+        options += ["--dtype", "float32"]
         command = [sys.executable, *prefix, *config, *options]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -725,7 +769,33 @@ def test_two_processes_see_the_samples_of_one_and_learn_the_same(command_line):
     assert len(histories["two"]) == 4
     for one, two in zip(histories["one"], histories["two"], strict=True):
         assert one["num_tokens"] == two["num_tokens"]
-        assert one["loss"] == pytest.approx(two["loss"], abs=2e-3)
+        for name in ("loss", "ae_loss", "lm_loss", "grad_norm"):
+            assert one[name] == pytest.approx(two[name], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_together_after_an_evaluation(tmp_path):
+    """accelerate prepares a model for evaluation without DDP, and would leave it so."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, torch\nfrom pathlib import Path\nfrom accelerate.utils import gather_object\n"
+        "from datasets import Dataset\nfrom icae import ICAEConfig, ICAEForConditionalGeneration\n"
+        "from icae.trainers import ICAEPretrainingConfig, ICAEPretrainingTrainer\n"
+        "from tiny import SHORT_RUN, make_base, make_tokenizer\n"
+        "texts = Dataset.from_dict({'text': ['abc' * n for n in range(5, 13)]})\n"
+        "torch.manual_seed(0)\n"
+        "model = ICAEForConditionalGeneration.from_base(make_base(), ICAEConfig(), tokenizer=make_tokenizer())\n"
+        "options = SHORT_RUN | {'max_steps': 2, 'per_device_train_batch_size': 1, 'eval_reconstructions': 0}\n"
+        "trainer = ICAEPretrainingTrainer(model, ICAEPretrainingConfig(sys.argv[1], **options), texts, texts)\n"
+        "trainer.evaluate()\ntrainer.train()\n"
+        "found = gather_object([model.memory_embeddings.detach().clone()])\n"
+        "assert len(found) == 2 and torch.equal(*found)\n"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *torchrun, str(script), str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow

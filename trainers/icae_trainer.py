@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -44,12 +44,18 @@ from .training_config import ICAETrainingConfig
 logger = logging.get_logger(__name__)
 SHORT_NAMES = {"autoencoding": "ae", "continuation": "lm", "instruction": "response"}
 ENDS = ("eos_token_id", "bos_token_id", "pad_token_id")
+# What is counted of an optimizer step: targets of each task, pairs of responses, contexts, and those of documents.
+COUNTED = (*SHORT_NAMES, "pairs", "contexts", "documents")
 GROUPS = {"memory_embeddings": "slots", "task_embeddings": "tasks"}  # all others: the adapter
 
 
 class ICAETrainer(SFTTrainer):
     """
     Base of [`ICAEPretrainingTrainer`] and [`ICAESFTTrainer`], which prepare data and weigh the losses.
+
+    The loss of an optimizer step is the same however its rows are cut into batches, by gradient accumulation or for
+    several processes: each task's loss is a mean over all of its targets in the step. (With
+    `average_tokens_across_devices=False`, over those of each process.)
 
     Besides the loss, it logs in training: the loss of each task, the norm of the slots and, per group of trained
     tensors, of the clipped gradients, and the context tokens seen (`num_tokens`). In evaluation: the loss and
@@ -69,7 +75,7 @@ class ICAETrainer(SFTTrainer):
             As in `transformers.Trainer`.
 
     Raises:
-        `TypeError`: if the model is a name, or `args` are another trainer's or none.
+        `TypeError`: if the model is a name, `args` are another trainer's or none, or the data is no data set.
         `ValueError`: if the model is frozen, a `peft_config` or several sets to evaluate on are given, one process has
             several GPUs, processes share the model by FSDP, `output_dir` holds another kind of model, or the base has
             too few positions for a context of the training data.
@@ -86,6 +92,7 @@ class ICAETrainer(SFTTrainer):
     model: ICAEForConditionalGeneration
     push_in_progress: PushInProgress | None = None
     _prefix = "eval"  # of the metrics of an evaluation
+    _step: dict[str, int] | None = None  # what the optimizer step has, see `COUNTED`
     _collator: Callable[[], Any]
     _arguments_class: type[ICAETrainingConfig]
 
@@ -122,13 +129,16 @@ class ICAETrainer(SFTTrainer):
             )
         model.tokenizer = processing_class or model.tokenizer
         check_folder(Path(args.output_dir))
+        _check_rows(train_dataset, "train_dataset")
+        self.was_prepared = "context_ids" in (train_dataset.column_names or ())
         train_dataset = self._prepare(train_dataset, model, args, training=True)
+        if isinstance(train_dataset, Dataset) and not len(train_dataset):
+            raise ValueError("Expected samples to train on, got none: no row has a target; see what is in the data.")
         self._check_positions(train_dataset, model, args)
         if eval_dataset is not None:
             eval_dataset = self._prepare_held_out(eval_dataset, model, args)
-        streamed, dispatch = isinstance(eval_dataset, IterableDataset), args.accelerator_config.dispatch_batches
-        if streamed and isinstance(train_dataset, Dataset) and dispatch is None:
-            # Rows of a batch differ in length: what one process reads cannot be dealt out.
+        if args.accelerator_config.dispatch_batches is None:
+            # Rows of a batch differ in length: what one process reads of a stream cannot be dealt out.
             args.accelerator_config.dispatch_batches = False
         self.card = CardCallback(self)
         self._uploads = ThreadPoolExecutor(max_workers=1)
@@ -162,7 +172,11 @@ class ICAETrainer(SFTTrainer):
                 f"Expected one `eval_dataset`, got {len(dataset)} by name ({', '.join(map(str, dataset))}); join "
                 "them, or call `trainer.evaluate` with each."
             )
-        return self._prepare(dataset, model, args, training=False)
+        _check_rows(dataset, "eval_dataset")
+        samples = self._prepare(dataset, model, args, training=False)
+        if isinstance(samples, Dataset) and not len(samples):
+            raise ValueError("Expected held-out samples, got none: no row has a target; see what is in the data.")
+        return samples
 
     def _document_lengths(self, dataset: Dataset) -> Iterator[int]:
         """Tokens of the contexts that are written out and go on in training."""
@@ -185,16 +199,27 @@ class ICAETrainer(SFTTrainer):
                 f"one of {longest} tokens, which takes {last + 1}; lower `max_spans` or `continuation_length`."
             )
 
-    def _weights(self, inputs: dict[str, Any]) -> dict[str, float]:
-        """How the losses are weighed: arguments of the model's forward method."""
-        raise NotImplementedError
+    def _weights(self, tasks: Collection[str], share: float) -> dict[str, float]:
+        """How the losses of these tasks are weighed when a share of the contexts is of documents, not of triples."""
+        weight = self.args.autoencoding_weight
+        if weight and "continuation" not in tasks:
+            weight = 1.0  # one task alone has the whole weight
+        return {"autoencoding": share * weight, "continuation": share * (1 - weight), "instruction": 1 - share}
+
+    def _held_out_share(self) -> float:
+        """What the losses of documents weigh in that of held-out data."""
+        return 1.0
+
+    def _training_options(self) -> dict[str, float]:
+        """Further arguments of the model's forward method."""
+        return {}
 
     def _generation_metrics(self, dataset) -> dict[str, float]:
         """Metrics of texts that are really written."""
         return {}
 
-    def _hits_by_place(self, outputs: ICAEOutput) -> dict[str, torch.Tensor]:
-        """Where the most likely token is the target, for metrics by the place in the text."""
+    def _hits_by_place(self, outputs: ICAEOutput, masks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Where the most likely token is the target, of those in the masks, for metrics by the place in the text."""
         return {}
 
     # ------------------------------------------------------------------------------------------------------- training
@@ -209,14 +234,46 @@ class ICAETrainer(SFTTrainer):
     def train(self, *args, **kwargs):
         configs = (self.model.config.text_config, self.model.generation_config)
         self._ends = [(config, {name: getattr(config, name, None) for name in ENDS}) for config in configs]
-        return super().train(*args, **kwargs)
+        if not self.is_deepspeed_enabled:
+            # An evaluation before has prepared the model without DDP, and it would stay so.
+            self.accelerator._models = [model for model in self.accelerator._models if model is not self.model]
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._step = None
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, number = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = torch.stack([_counts(batch) for batch in batches] or [torch.zeros(len(COUNTED))]).sum(dim=0)
+        if self.args.average_tokens_across_devices:
+            counts = self.accelerator.reduce(counts.to(device), reduction="sum")
+        self._step = dict(zip(COUNTED, counts.tolist(), strict=True))
+        return batches, number
+
+    def _weights_in_step(self, inputs: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+        """
+        How the tasks of an optimizer step are weighed, and by how much a batch's means over what is counted must be
+        multiplied so that their mean over the batches and processes is that of the step.
+        """
+        own = dict(zip(COUNTED, _counts(inputs).tolist(), strict=True))
+        step, batches = (self._step, self.current_gradient_accumulation_steps) if self._step else (own, 1)
+        if self._step and self.args.average_tokens_across_devices:
+            batches *= self.args.world_size
+        factors = {name: batches * own[name] / step[name] for name in COUNTED if step[name]}
+        return self._weights(factors, step["documents"] / step["contexts"]), factors
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs: ICAEOutput = model(**inputs, **self._weights(inputs))
+        weights, factors = self._weights_in_step(inputs)
+        options = {f"{task}_weight": weight * factors.get(task, 0.0) for task, weight in weights.items()}
+        outputs: ICAEOutput = model(**inputs, **options, **self._training_options())
         if self.model.training:
             metrics = self._metrics["train"]
-            for task, loss in outputs.task_losses.items():
-                metrics[f"{SHORT_NAMES[task]}_loss"].append(loss.item())
+            for task, name in SHORT_NAMES.items():
+                if task in outputs.task_losses:
+                    metrics[f"{name}_loss"].append(factors[task] * outputs.task_losses[task].item())
+                elif task in factors and weights[task]:
+                    metrics[f"{name}_loss"].append(0.0)  # other batches of the step have it
             slots = outputs.memory.slots.detach()[outputs.memory.mask]
             metrics["slot_norm"].append(slots.norm(dim=-1, dtype=torch.float32).mean().item())
             # In the trainer's state, which is saved, so that the count goes on after a resume.
@@ -236,9 +293,9 @@ class ICAETrainer(SFTTrainer):
         self.model.eval()
         self._has_control, self._prefix = False, metric_key_prefix
         self._metrics["eval"].clear()
-        self._count("num_tokens", self.state.num_input_tokens_seen)
-        for name, value in self._generation_metrics(dataset).items():
-            self._count(name, value)
+        measured = {"num_tokens": self.state.num_input_tokens_seen} | self._generation_metrics(dataset)
+        for name, value in measured.items():
+            self._metrics["eval"][name].append((value, 1))
         logs = Trainer.evaluate(self, eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
         if not self._has_control:
             logger.warning(
@@ -251,45 +308,82 @@ class ICAETrainer(SFTTrainer):
         """As in `transformers.Trainer`, the loss of a data set as `eval_dataset` may be; without predictions."""
         samples, training = self._prepare_held_out(test_dataset, self.model, self.args), self.model.training
         output = super().predict(samples, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
-        self._metrics["eval"].clear()  # which the next evaluation would log
+        if (loss := self._held_out_loss(self._held_out_means())) is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = loss
         self.model.train(training)
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if not self.model.training:
-            # Each process has measured its own part of the held-out data; decisions on the means must be the same.
-            parts = gather_object([dict(self._metrics["eval"])])
-            for name in {name for part in parts for name in part}:
-                values, counts = zip(*chain(*(part.get(name, ()) for part in parts)), strict=True)
-                weighed = (value * count for value, count in zip(values, counts, strict=True))
-                logs[f"{self._prefix}_{name}"] = sum(weighed) / sum(counts)
-            self._metrics["eval"].clear()  # SFTTrainer gives them the prefix "eval" whatever was asked for
+        if self.model.training:
+            parts = gather_object([dict(self._metrics["train"])])
+            for name in sorted({name for part in parts for name in part}):
+                self._metrics["train"][name] = [*chain(*(part.get(name, ()) for part in parts))]
+        else:
+            means = self._held_out_means()
+            logs.update({f"{self._prefix}_{name}": value for name, value in means.items()})
+            if (loss := self._held_out_loss(means)) is not None:
+                logs[f"{self._prefix}_loss"] = loss
         super().log(logs, start_time)
+
+    def _held_out_means(self) -> dict[str, float]:
+        """
+        Means of what was noted since the last time. Each process has measured its own part of the held-out data;
+        decisions on the means must be the same.
+        """
+        parts, means = gather_object([dict(self._metrics["eval"])]), {}
+        for name in sorted({name for part in parts for name in part}):
+            values, counts = zip(*chain(*(part.get(name, ()) for part in parts)), strict=True)
+            means[name] = sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
+        self._metrics["eval"].clear()  # SFTTrainer gives them the prefix "eval" whatever was asked for
+        return means
+
+    def _held_out_loss(self, means: dict[str, float]) -> float | None:
+        """
+        The tasks' losses as they are weighed, which does not depend on the batches; `None` if there are none.
+        """
+        losses = {task: means[f"{name}_loss"] for task, name in SHORT_NAMES.items() if f"{name}_loss" in means}
+        share = self._held_out_share() if "autoencoding" in losses or "continuation" in losses else 0.0
+        weights = self._weights(losses, share if "instruction" in losses else 1.0)
+        return sum(weights[task] * loss for task, loss in losses.items()) if losses else None
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
-        outputs: ICAEOutput = model(**inputs, **self._weights(inputs))
-        targets = {task: int(mask.sum()) for task, mask in outputs.token_masks.items()}
-        hits = {
-            f"{SHORT_NAMES[task]}_accuracy": outputs.token_correct[task][mask]
-            for task, mask in outputs.token_masks.items()
-        }
-        for task, count in targets.items():
-            self._count(f"{SHORT_NAMES[task]}_loss", outputs.task_losses[task].item(), count)
-        for name, found in (hits | self._hits_by_place(outputs)).items():
-            self._count(name, found.float().mean().item(), len(found))
+        counts = dict(zip(COUNTED, _counts(inputs).tolist(), strict=True))
+        reconstructs = counts["autoencoding"] > 0 and self.args.autoencoding_weight > 0
+        options = {"autoencoding_weight": float(reconstructs), "continuation_weight": 1.0}
+        outputs: ICAEOutput = model(**inputs, **options)
+        masks = self._masks_of_own_rows(inputs, outputs)
+        hits = {f"{SHORT_NAMES[task]}_accuracy": outputs.token_correct[task][mask] for task, mask in masks.items()}
+        losses = {f"{SHORT_NAMES[task]}_loss": outputs.token_losses[task][mask] for task, mask in masks.items()}
+        for name, found in (losses | hits | self._hits_by_place(outputs, masks)).items():
+            self._count(name, found)
         other = _rows_of_other_texts(inputs["context_ids"], inputs["context_mask"])
         if other is not None and self._have_room(outputs.memory, outputs.token_masks):
             self._has_control = True
-            outputs_other = model(**inputs, memory=outputs.memory[other], **self._weights(inputs))
-            for task, count in targets.items():
-                self._count(f"{SHORT_NAMES[task]}_loss_other_text", outputs_other.task_losses[task].item(), count)
+            outputs_other = model(**inputs, memory=outputs.memory[other], **options)
+            for task, mask in masks.items():
+                self._count(f"{SHORT_NAMES[task]}_loss_other_text", outputs_other.token_losses[task][mask])
         return outputs.loss, None, None
 
-    def _count(self, name: str, value: float, count: int = 1) -> None:
-        """Notes a metric of the evaluation, the mean of so many tokens: that of all must not depend on the batches."""
-        self._metrics["eval"][name].append((value, count))
+    def _masks_of_own_rows(self, inputs: dict[str, Any], outputs: ICAEOutput) -> dict[str, torch.Tensor]:
+        """The targets of each task, without those of rows that only fill up the last batch of several processes."""
+        rows, state = len(inputs["context_ids"]), self.accelerator.gradient_state
+        kept = rows
+        if state.end_of_dataloader and state.remainder > 0:
+            kept = state.remainder - self.args.process_index * rows
+        context_of = {"instruction": inputs.get("context_index")}
+        masks = {}
+        for task, mask in outputs.token_masks.items():
+            about = context_of.get(task)
+            about = torch.arange(len(mask), device=mask.device) if about is None else about
+            masks[task] = mask & (about < kept)[:, None]
+        return masks
+
+    def _count(self, name: str, values: torch.Tensor) -> None:
+        """Notes a metric of the evaluation, token by token: the mean of all must not depend on the batches."""
+        if len(values):
+            self._metrics["eval"][name].append((values.float().mean().item(), len(values)))
 
     def _have_room(self, memory: ICAEMemory, texts: dict[str, torch.Tensor]) -> bool:
         """Whether the base has positions for the longest text of each task behind the memory of any other row."""
@@ -463,6 +557,33 @@ class ICAETrainer(SFTTrainer):
         """Writes the card of an ICAE, from the facts that [`CardCallback`] keeps; arguments are not needed."""
         if self.is_world_process_zero():
             self.card.write_card()
+
+
+def _check_rows(dataset, name: str) -> None:
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise TypeError(
+            f"Expected `{name}` to be a `Dataset` or `IterableDataset`, got {type(dataset).__name__}; choose a split, "
+            "or make one with `Dataset.from_list`."
+        )
+
+
+def _counts(inputs: dict[str, Any]) -> torch.Tensor:
+    """What a batch has of all that is `COUNTED`, as the model's forward method reads it."""
+    lengths = inputs["context_mask"].sum(dim=1)
+    nothing = lengths.new_zeros(())
+    is_document = inputs.get("autoencoding_rows", torch.ones_like(lengths, dtype=torch.bool))
+    rejected = inputs.get("rejected_rows", nothing.bool())
+    counts = {
+        "autoencoding": (lengths + 1)[is_document].sum(),  # with the end of the text
+        "continuation": inputs["continuation_mask"].sum() if "continuation_mask" in inputs else nothing,
+        "instruction": (inputs["response_mask"] & ~rejected[..., None]).sum()
+        if "response_mask" in inputs
+        else nothing,
+        "pairs": rejected.sum(),
+        "contexts": nothing + len(lengths),
+        "documents": is_document.sum(),
+    }
+    return torch.stack([counts[name] for name in COUNTED])
 
 
 def _last_position(config: ICAEConfig, tokens: int, args: Any) -> int:

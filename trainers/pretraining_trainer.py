@@ -56,17 +56,12 @@ class ICAEPretrainingTrainer(ICAETrainer):
             samples = samples.filter(bool, input_columns=["continuation_ids"])
         return samples
 
-    def _weights(self, inputs) -> dict[str, float]:
-        if "continuation_ids" not in inputs:  # one task alone has the whole weight
-            return {"autoencoding_weight": 1.0}
-        return {"autoencoding_weight": self.args.autoencoding_weight}
-
-    def _hits_by_place(self, outputs: ICAEOutput) -> dict[str, torch.Tensor]:
-        if "autoencoding" not in outputs.token_correct:
+    def _hits_by_place(self, outputs: ICAEOutput, masks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if "autoencoding" not in masks:
             return {}
-        correct, mask = outputs.token_correct["autoencoding"], outputs.token_masks["autoencoding"]
+        correct, mask = outputs.token_correct["autoencoding"], masks["autoencoding"]
         places = torch.arange(mask.shape[1], device=mask.device)
-        quarter = (4 * places // mask.sum(dim=1, keepdim=True)).clamp(max=3)
+        quarter = (4 * places // mask.sum(dim=1, keepdim=True).clamp(min=1)).clamp(max=3)
         parts = {number + 1: correct[mask & (quarter == number)] for number in range(4)}
         # Texts of two tokens have none in some quarters.
         return {f"ae_accuracy_quarter_{number}": hits for number, hits in parts.items() if len(hits)}

@@ -117,8 +117,13 @@ def prepare_sft_dataset(
             f"Expected `documents` in the form of the triples, {type(dataset).__name__}, got "
             f"{type(documents).__name__}; stream both or none."
         )
-    columns = dataset.column_names or list(next(iter(dataset)))  # a streamed data set may not know its columns
+    # A streamed data set may not know its columns.
+    columns: list[str] = dataset.column_names or list(next(iter(dataset), ()))
+    if not columns or (isinstance(dataset, Dataset) and not len(dataset)):
+        raise ValueError("Expected triples, got none; see what was selected of the data.")
     if set(columns) >= {"input", "prompt", "answer"}:
+        if both := sorted({*PWC_NAMES.values()} & {*columns}):
+            raise ValueError(f"Expected PwC's columns or this package's, got both ({columns}); remove {both}.")
         dataset = dataset.rename_columns(PWC_NAMES)
         columns = [PWC_NAMES.get(name, name) for name in columns]
     if not set(columns) >= {"context", "prompt", "response"} and not set(columns) >= {"context", "messages"}:
@@ -324,6 +329,10 @@ def _prompt_and_response(row: dict[str, Any]) -> tuple[str | list[dict[str, Any]
         if len(messages) < 2 or roles[-1] != "assistant":
             raise ValueError(f"Expected `messages` that end with the assistant's, got the roles {roles}.")
         prompt, response = messages[:-1], messages[-1]["content"]
+    if isinstance(response, list) and [type(message) for message in response] == [dict]:  # as TRL's completions
+        if response[0]["role"] != "assistant":
+            raise ValueError(f"Expected a response of the assistant's, got one of the role {response[0]['role']!r}.")
+        response = response[0]["content"]
     as_ids = "messages" not in row and _are_token_ids(response)
     if not isinstance(prompt, str | list) or not (as_ids or isinstance(response, str | None)):
         raise ValueError(f"Expected a prompt and one response as texts, got {prompt!r} and {response!r}.")

@@ -14,7 +14,7 @@ from icae.modeling_icae import GREEDY, ICAEForConditionalGeneration, ICAEOutput
 
 from .icae_trainer import ICAETrainer
 from .sft_config import ICAESFTConfig
-from .sft_data import DataCollatorForICAESFT, prepare_sft_dataset
+from .sft_data import SAMPLE_FEATURES, DataCollatorForICAESFT, prepare_sft_dataset
 
 
 class ICAESFTTrainer(ICAETrainer):
@@ -67,6 +67,11 @@ class ICAESFTTrainer(ICAETrainer):
                 "Expected a data set in memory with a `preference_weight`, got a streamed one: how likely its "
                 "responses are is computed before training; load it without streaming."
             )
+        if training and not isinstance(dataset, Dataset) and "rejected" in (dataset.column_names or ()):
+            raise ValueError(
+                "Expected a stream without a column `rejected`, got one: preferences are trained with a data set in "
+                "memory and a `preference_weight`; remove the column, or load the rows."
+            )
         if "context_ids" in (dataset.column_names or ()):
             if training and self._documents is not None:
                 raise ValueError("Expected triples with `documents`, got samples; give `documents` to what made them.")
@@ -88,7 +93,9 @@ class ICAESFTTrainer(ICAETrainer):
         if args.autoencoding_weight == 0:
             samples = samples.filter(_trains_without_autoencoding, input_columns=["prompt_ids", "continuation_ids"])
         if not training:
-            return samples.map(_without_rejected)
+            # A stream would no longer know its columns.
+            features = {} if isinstance(samples, Dataset) else {"features": SAMPLE_FEATURES}
+            return samples.map(_without_rejected, **features)
         if isinstance(samples, Dataset):
             samples = _check_preferences(samples, args.preference_weight)
         return samples
@@ -125,32 +132,30 @@ class ICAESFTTrainer(ICAETrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         reference = inputs.pop("reference_margins", None)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        if reference is not None:
-            rewards = self.args.beta * (_margins(outputs, inputs["rejected_rows"]) - reference)
-            weight = self.args.preference_weight * self._weights(inputs)["instruction_weight"]
-            loss = outputs.loss = loss - weight * F.logsigmoid(rewards).mean()
-            self._metrics["train"]["rewards/accuracies"].append((rewards > 0).float().mean().item())
-            self._metrics["train"]["rewards/margins"].append(rewards.mean().item())
+        if self.args.preference_weight:
+            weights, factors = self._weights_in_step(inputs)
+            metrics = self._metrics["train"]
+            if reference is not None:
+                rewards = self.args.beta * (_margins(outputs, inputs["rejected_rows"]) - reference)
+                weight = self.args.preference_weight * weights["instruction"] * factors["pairs"]
+                loss = outputs.loss = loss - weight * F.logsigmoid(rewards).mean()
+                metrics["rewards/accuracies"].append(factors["pairs"] * (rewards > 0).float().mean().item())
+                metrics["rewards/margins"].append(factors["pairs"] * rewards.mean().item())
+            elif "pairs" in factors:  # other batches of the step have them
+                metrics["rewards/accuracies"].append(0.0)
+                metrics["rewards/margins"].append(0.0)
         return (loss, outputs) if return_outputs else loss
 
     def _document_lengths(self, dataset: Dataset) -> Iterator[int]:
         rows = dataset.select_columns(["length", "prompt_ids"])
         return (row["length"] for row in rows if not row["prompt_ids"])
 
-    def _weights(self, inputs: dict[str, Any]) -> dict[str, float]:
-        # Each context weighs the same, whether it trains answers or reconstruction and continuation. Held-out ones do
-        # both, see `prediction_step`.
-        rows, weight = inputs["autoencoding_rows"], self.args.autoencoding_weight
-        if not self.model.training:
-            share = self.args.pretraining_share if rows.any() else 0.0
-            return {"instruction_weight": 1 - share, "autoencoding_weight": share * weight}
-        share = rows.float().mean().item()
-        return {
-            "instruction_weight": 1 - share,
-            "autoencoding_weight": share * (weight if "continuation_ids" in inputs else 1.0),
-            "continuation_weight": share * (1 - weight),
-            "distillation_weight": self.args.distillation_weight,  # not of held-out losses: runs are compared by them
-        }
+    def _held_out_share(self) -> float:
+        return self.args.pretraining_share
+
+    def _training_options(self) -> dict[str, float]:
+        # Not of held-out losses: runs are compared by them.
+        return {"distillation_weight": self.args.distillation_weight}
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if self.args.pretraining_share:

@@ -27,6 +27,14 @@ UNUSED: dict[str, tuple[Any, str]] = {
     "packing_strategy": ("bfd", "rows are not packed"),
     "remove_unused_columns": (False, "the collator chooses the columns"),
     "include_num_input_tokens_seen": ("no", "`num_tokens` of the logs counts context tokens without it"),
+    "model_init_kwargs": (None, "the model is loaded before the trainer is made"),
+    "trust_remote_code": (False, "the model is loaded before the trainer is made"),
+    "dataset_kwargs": ({"skip_prepare_dataset": True}, "the trainer prepares the rows itself"),
+    "label_names": (None, "losses come from the model"),
+    "batch_eval_metrics": (False, "there is no `compute_metrics`"),
+    "include_for_metrics": ([], "there is no `compute_metrics`"),
+    "liger_kernel_config": (None, "the losses are computed in chunks as they are"),
+    "use_liger_kernel": (False, "the losses are computed in chunks as they are"),
     "fp16": (False, "activations of language models leave its range; load the base in bfloat16"),
 }
 
