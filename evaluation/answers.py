@@ -25,6 +25,8 @@ within each source; all readers share the draws, so that the share of the full c
 There are none for one row of each source, and a source with one row adds nothing to their width. `icae_minus` holds
 the mean differences of each source, `icae` minus each other reader, in F1, loss and, where references are long,
 ROUGE-L: above 0 is better for the scores and worse for loss; their intervals are Student's, of the source's rows.
+`full_context_minus` holds the same of the full context: where it is no better than less of the context, slots can
+hardly be.
 
 `--repetition-penalty` makes less likely what an answer itself has said, for all readers alike, since a small base that
 is decoded greedily loops. It takes an `--output` of its own, and `kvpress`, which answers by code of its own, cannot
@@ -192,6 +194,11 @@ def main(argv: list[str] | None = None) -> None:
         "by_source": {name: means(found) for name, found in measured.items()},
         "icae_minus": {
             name: minus(measured["icae"], found, long) for name, found in measured.items() if name != "icae"
+        },
+        "full_context_minus": {  # what there is to gain from the rest of the context
+            name: minus(measured["full context"], measured[name], long)
+            for name in ("truncated context", "no context")
+            if name in measured
         },
         "examples": examples(answers, rows),
     }

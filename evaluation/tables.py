@@ -215,14 +215,20 @@ def _differences(head: str, measure: str, others: Record, sources: Record) -> st
 
 
 def better_and_worse(record: Record, name: str = "answers_by_source") -> str:
-    """On how many sources slots are better than other things, and on which they are worse."""
+    """
+    On how many sources slots are better than other things, and on which they are worse; and so the full context, where
+    it is no better than less there is nothing for slots to gain.
+    """
     penalty = record["arguments"].get("repetition_penalty", 1)  # which losses know nothing of
     measures = _measures(record)
     if penalty != 1:
         del measures["loss"]
+    pairs = {f"icae against {other}": sources for other, sources in record["icae_minus"].items()}
+    of_full = record.get("full_context_minus", {}).items()  # records of earlier versions have none
+    pairs |= {f"full context against {other}": sources for other, sources in of_full}
     rows = []
-    for other, sources in record["icae_minus"].items():
-        row = [other]
+    for pair, sources in pairs.items():
+        row = [pair]
         for measure, sign in measures.values():
             measured = {source: found for source, found in sources.items() if measure in found}
             better = [source for source, found in measured.items() if sign * found[measure] > 0]
@@ -231,7 +237,7 @@ def better_and_worse(record: Record, name: str = "answers_by_source") -> str:
             row.append(f"{len(better)} of {len(measured)}, {len(sure.intersection(better))} surely")
             row.append(", ".join(f"**{source}**" if source in sure else source for source in worse) or "–")
         rows.append(row)
-    head = ["icae against", *(word for name in measures for word in (f"{name} better", "worse"))]
+    head = ["", *(word for name in measures for word in (f"{name} better", "worse"))]
     rows_each = record["arguments"]["per_source"]
     prompts = f"{record['rows']} held-out prompts, at most {rows_each} of each source"
     title = f"**Source by source**, {prompts}"

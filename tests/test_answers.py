@@ -303,6 +303,7 @@ def test_some_readers_answer_alone(saved):
     assert len([*(saved / "out" / "answers").iterdir()]) == 3
     assert "--readers icae 'no context' 'full context'" in record["made_by"]["command"]
     assert set(record["icae_minus"]) == {"full context", "no context"}
+    assert set(record["full_context_minus"]) == {"no context"}
     means = {name: found["long"]["loss"] for name, found in record["by_source"].items()}
     assert "rougeL" in record["icae_minus"]["no context"]["long"]
     assert "rougeL" not in record["icae_minus"]["no context"]["short"]

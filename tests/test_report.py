@@ -137,6 +137,7 @@ def test_differences_from_the_icae_are_shown_with_their_sign_and_interval(result
 
 def test_sources_are_counted_where_slots_are_better_and_named_where_they_are_worse(results):
     record = json.loads((results / "answers_by_source.json").read_text())
+    record.pop("full_context_minus", None)
     record["icae_minus"] = {
         "no context": {
             "one": {"f1": 0.1, "f1_interval": [0.05, 0.2], "loss": 0.3, "loss_interval": [0.1, 0.5]},
@@ -144,15 +145,24 @@ def test_sources_are_counted_where_slots_are_better_and_named_where_they_are_wor
         }
     }
     shown = tables.better_and_worse(record)
-    assert "| no context | 1 of 2, 1 surely | two | 0 of 2, 0 surely | **one**, two |" in shown
+    assert "| icae against no context | 1 of 2, 1 surely | two | 0 of 2, 0 surely | **one**, two |" in shown
     assert f"Token F1, the mean over sources: icae {record['summary']['icae']['f1']:.2f} [" in shown
+    assert "full context against" not in shown.replace("icae against full context", "")
+    record["full_context_minus"] = {"truncated context": {"one": {"f1": 0.1, "loss": -0.1}}}
+    shown = tables.better_and_worse(record)
+    assert "| full context against truncated context | 1 of 1, 0 surely | – | 1 of 1, 0 surely | – |" in shown
     record["icae_minus"]["no context"]["two"] |= {"rougeL": 0.1, "rougeL_interval": [0.05, 0.2]}
     shown = tables.better_and_worse(record)
-    assert "| no context | 1 of 2, 1 surely | two | 1 of 1, 1 surely | – | 0 of 2, 0 surely | **one**, two |" in shown
+    assert (
+        "| icae against no context | 1 of 2, 1 surely | two | 1 of 1, 1 surely | – | 0 of 2, 0 surely | **one**, two |"
+        in shown
+    )
     record["arguments"]["repetition_penalty"] = 1.15
     shown = tables.better_and_worse(record, "penalised")
     assert "repetition penalty** of 1.15" in shown and "(results/penalised.json)" in shown
-    assert "| no context | 1 of 2, 1 surely | two | 1 of 1, 1 surely | – |\n" in shown  # losses are the same with it
+    assert (
+        "| icae against no context | 1 of 2, 1 surely | two | 1 of 1, 1 surely | – |\n" in shown
+    )  # losses are the same with it
 
 
 def test_the_readme_has_the_same_tables(written, results):

@@ -59,7 +59,7 @@ class ICAETrainer(SFTTrainer):
 
     Besides the loss, it logs in training: the loss of each task, the norm of the slots and, per group of trained
     tensors, of the clipped gradients, and the context tokens seen (`num_tokens`). In evaluation: the loss and
-    teacher-forced accuracy of each task, and every loss with **another text's slots** (the control, of the batches that
+    teacher-forced accuracy of each task, and every loss with **another text's slots** (the control, of batches that
     hold another text: far above, or the slots are not read).
 
     Args:
