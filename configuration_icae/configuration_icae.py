@@ -89,7 +89,14 @@ class ICAEConfig(PreTrainedConfig):
         **kwargs,
     ):
         if isinstance(text_config, dict):
+            if "model_type" not in text_config:
+                raise ValueError(f"Expected `text_config` with the base's `model_type`, got {text_config}.")
             text_config = AutoConfig.for_model(**text_config)
+        if not isinstance(text_config, PreTrainedConfig | None):
+            raise ValueError(
+                f"Expected `text_config` as the base's configuration or a dict of it, got {text_config!r}; "
+                "`from_base` takes a name."
+            )
         self.text_config: Any = text_config
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
@@ -173,8 +180,8 @@ class ICAEConfig(PreTrainedConfig):
             f"Expected `memory_type` to be one of {MEMORY_TYPES}, got {self.memory_type!r}.",
         )
         expect(
-            isinstance(self.span_length, int) and self.span_length >= 2,
-            f"Expected `span_length` of at least 2 tokens, got {self.span_length!r}.",
+            type(self.span_length) is int and self.span_length >= 2,
+            f"Expected `span_length` as a whole number of at least 2 tokens, got {self.span_length!r}.",
         )
         expect(
             (self.compression_ratio is None) != (self.num_memory_slots is None),
@@ -184,7 +191,7 @@ class ICAEConfig(PreTrainedConfig):
         if self.compression_ratio is not None:
             ratio = self.compression_ratio
             expect(
-                isinstance(ratio, int | float) and 1 <= ratio < math.inf,
+                type(ratio) in (int, float) and 1 <= ratio < math.inf,
                 f"Expected `compression_ratio`, a number of at least 1 token per slot, got {ratio!r}; more slots than "
                 "tokens compress nothing.",
             )
@@ -212,12 +219,18 @@ class ICAEConfig(PreTrainedConfig):
                 "`decoder_layout='sequential'`.",
             )
         expect(
-            isinstance(self.lora_r, int) and self.lora_r >= 1,
+            type(self.lora_r) is int and self.lora_r >= 1,
             f"Expected `lora_r` of at least 1, got {self.lora_r!r}.",
         )
-        expect(self.lora_alpha > 0, f"Expected `lora_alpha` above 0, got {self.lora_alpha}.")
+        expect(
+            type(self.lora_alpha) in (int, float) and 0 < self.lora_alpha < math.inf,
+            f"Expected `lora_alpha`, a number above 0, got {self.lora_alpha!r}.",
+        )
         expect(bool(self.lora_target_modules), "Expected `lora_target_modules` with at least one name, got none.")
-        expect(0 <= self.lora_dropout < 1, f"Expected `lora_dropout` in [0, 1), got {self.lora_dropout}.")
+        expect(
+            type(self.lora_dropout) in (int, float) and 0 <= self.lora_dropout < 1,
+            f"Expected `lora_dropout`, a number in [0, 1), got {self.lora_dropout!r}.",
+        )
         if self.text_config is not None:
             limit = self.num_positions
             expect(

@@ -16,6 +16,7 @@ from transformers import AutoModel
 
 
 PROMPT = "Who lives there, and since when?"
+CONTINUATION = 8  # tokens
 
 
 @torch.no_grad()
@@ -24,18 +25,23 @@ def outputs(model) -> dict[str, torch.Tensor]:
     Slots, losses and the scores of an answer's first token, for two rows of token ids, one of them in two spans; and
     a prompt's token ids.
     """
-    length = min(model.config.span_length, 64)
+    # Some bases have few positions: in some layouts the context stands there three times, read, as slots, and written.
+    positions = model.config.num_positions or 1_000
+    room = positions - len(model._prefix("instruction")) - len(model.encode_prompts([PROMPT])[0]) - CONTINUATION
+    length = max(2, min(model.config.span_length, 64, room // 3))
     # Spread over the vocabulary by a large prime; the second row has half the length.
     ids = torch.arange(1, 2 * length + 1).mul(7919).remainder(model.config.text_config.vocab_size).view(2, length)
     mask = torch.ones_like(ids)
     mask[1, length // 2 :] = 0
     ids, mask = ids.to(model.device), mask.to(model.device)
-    output = model(ids, mask, span_length=length - length // 4, continuation_ids=ids[:, :8])
+    output = model(ids, mask, span_length=length - length // 4, continuation_ids=ids[:, :CONTINUATION])
     answer = model.generate(
         memory=output.memory,
         prompt=PROMPT,
         max_new_tokens=1,
         do_sample=False,
+        num_beams=1,
+        num_return_sequences=1,
         return_dict_in_generate=True,
         output_logits=True,
     )

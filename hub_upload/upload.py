@@ -12,6 +12,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 from huggingface_hub.errors import RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 from icae.model_cards import CardFacts, is_changed, is_generated, is_written
@@ -85,6 +86,7 @@ def push(
         `TypeError`: if an argument is none of [`upload`]'s.
     """
     inspect.signature(upload).bind(checkpoint, repo_id, **upload_kwargs)  # now, not after the verification
+    validate_repo_id(repo_id)
     if "/" not in repo_id:  # the card gives the whole name
         repo_id = f"{HfApi(token=upload_kwargs.get('token')).whoami()['name']}/{repo_id}"
     with prepared(checkpoint, model, base=base, repo_id=repo_id, branch=upload_kwargs.get("revision")) as folder:

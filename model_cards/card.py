@@ -159,6 +159,7 @@ def render(facts: CardFacts, config: ICAEConfig, with_code: bool = True) -> str:
         with_code (`bool`, *optional*, defaults to `True`):
             Whether its code lies beside it, as it does in each repository. If not, the quickstart takes this package.
     """
+    facts = replace(facts, name=" ".join((facts.name or "").split()))
     base = config.base_model_name_or_path or ""
     on_hub = is_hub_id(base)
     base_name = base if on_hub else Path(base).name or f"a {config.text_config.model_type} model"
@@ -233,7 +234,7 @@ def _mark(text: str) -> str:
 
 def _markdown(rows: list[list[str]]) -> str:
     """A table whose first row is its head."""
-    head, *rest = rows
+    head, *rest = [[re.sub(r"\s*\n\s*", " ", cell).replace("|", "\\|") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in [head, ["---"] * len(head), *rest])
 
 
@@ -303,7 +304,8 @@ def _modules(config: ICAEConfig) -> str:
     modules = config.lora_target_modules
     if modules == "all-linear":
         return "all linear layers"
-    return ", ".join(f"`{name}`" for name in ([modules] if isinstance(modules, str) else sorted(modules)))
+    names = [modules] if isinstance(modules, str) else sorted(modules)
+    return ", ".join(f"`{name}`" for name in names).replace("|", "\\|")  # it stands in a table
 
 
 def _data(stages: list[TrainingStage]) -> str:

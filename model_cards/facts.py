@@ -221,7 +221,10 @@ class CardFacts:
         source = model.name_or_path
         if is_hub_id(source):
             silent = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
-            file = cached_file(source, CARD_FACTS, **dict.fromkeys(silent, False), **model._hub_kwargs)
+            try:
+                file = cached_file(source, CARD_FACTS, **dict.fromkeys(silent, False), **model._hub_kwargs)
+            except OSError:  # the repository, or the folder that it was, is gone
+                file = None
             source = os.path.dirname(file or "")
         return cls.load(source) if source else cls()
 

@@ -159,13 +159,20 @@ class ICAEMemory:
         return cls.stack(joined)
 
     def to(self, *args, **kwargs) -> "ICAEMemory":
-        """The same memory on another device or in another floating dtype, with the arguments of `torch.Tensor.to`."""
+        """
+        The same memory on another device or in another floating dtype, with the arguments of `torch.Tensor.to`.
+
+        Raises:
+            `ValueError`: if the dtype is one of whole numbers.
+        """
         slots = self.slots.to(*args, **kwargs)
+        if not slots.is_floating_point():
+            raise ValueError(f"Expected a floating dtype for memory slots, got {slots.dtype}.")
         return replace(self, slots=slots, positions=self.positions.to(slots.device))
 
     def check_finite(self) -> None:
         """Raises a `ValueError` when a slot holds NaN or infinity."""
-        bad = ~torch.isfinite(self.slots).all(dim=-1) & self.mask
+        bad = ~torch.isfinite(self.slots.float()).all(dim=-1) & self.mask
         if bad.any():
             row, slot = bad.nonzero()[0].tolist()
             raise ValueError(

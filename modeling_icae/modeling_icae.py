@@ -39,7 +39,10 @@ from .pretrained_icae import ICAEPreTrainedModel, check_dtype
 
 # The likeliest token at each step. The generation_config of some bases (Qwen2.5's) samples and makes repetitions less
 # likely, and a text that repeats itself could not be written out.
-GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+GREEDY: dict[str, Any] = {
+    **{"do_sample": False, "num_beams": 1, "num_return_sequences": 1},
+    **{"repetition_penalty": 1.0, "no_repeat_ngram_size": 0},
+}
 
 MADE_HERE = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values")
 
@@ -260,10 +263,10 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
     ) -> ICAEMemory:
         """`ids` of shape `(B, S)`, padded on the right; `parts`, the lengths of the contexts of each row."""
         span_length = self.config.span_length if span_length is None else span_length
-        if not 1 <= span_length <= self.config.span_length:
+        if not isinstance(span_length, int) or not 1 <= span_length <= self.config.span_length:
             raise ValueError(
                 f"Expected `span_length` between 1 and the model's {self.config.span_length} tokens, got "
-                f"{span_length}."
+                f"{span_length!r}."
             )
         if max_spans_per_batch < 1:
             raise ValueError(f"Expected `max_spans_per_batch` of at least 1, got {max_spans_per_batch}.")
@@ -748,7 +751,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
             is another model's or holds NaN, if an option needs a prompt that the task does not have, if token ids are
             not of the base's vocabulary, if prompts of several lengths have to be answered one by one (on bases with
             a sliding window) beside an option of all rows, or if there are too many tokens for the base's positions.
-            (Without `max_new_tokens`, answers end where the positions do.)
+            (Without a length, answers have up to 20 tokens, transformers' default, or end where the positions do.)
         """
         if (context is None) == (memory is None):
             raise ValueError(
@@ -778,7 +781,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
         generation_config.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
         kwargs = generation_config.update(**kwargs)
         self._check_generation(generation_config, kwargs, task)
-        if generation_config.stop_strings is not None:
+        if generation_config.stop_strings is not None or generation_config.token_healing:
             kwargs.setdefault("tokenizer", self.tokenizer)
 
         cache, memory_mask = self._open(memory, self._prefix(task), task)
@@ -882,7 +885,7 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
     def reconstruct(self, memory: ICAEMemory | str | list[str] | torch.Tensor, **kwargs) -> list[str]:
         """
         Writes the compressed contexts out again: the autoencoding task (paper, section 2.2.1), greedy by default,
-        whatever the base's own generation_config says; what a given one says counts.
+        whatever the base's own generation_config says of sampling, beams and repetition; what a given one says counts.
 
         Args:
             memory ([`ICAEMemory`] or anything that [`~ICAEForConditionalGeneration.compress`] takes):
@@ -1011,9 +1014,11 @@ class ICAEForConditionalGeneration(ICAEPreTrainedModel, GenerationMixin):
 
     def _check_memory(self, memory: ICAEMemory) -> None:
         if not isinstance(memory, ICAEMemory):
-            raise TypeError(
-                f"Expected `memory` to be an ICAEMemory, got {type(memory).__name__}; call `compress` first."
-            )
+            found, advice = type(memory).__name__, "call `compress` first"
+            if found == ICAEMemory.__name__:  # a repository's code beside the package
+                found = f"one of {type(memory).__module__}, other code than this model's ({ICAEMemory.__module__})"
+                advice = "load it with the class of what `compress` gives: `type(model.compress(…)).load(file)`"
+            raise TypeError(f"Expected `memory` to be an ICAEMemory, got {found}; {advice}.")
         if memory.fingerprint == "" and self.training:
             return  # of this very step: the weights, and so the fingerprint, are about to change
         if memory.fingerprint != self.fingerprint:

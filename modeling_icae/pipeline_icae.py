@@ -26,9 +26,9 @@ class ICAEContextGenerationPipeline(Pipeline):
     Lists, generators and data sets of inputs are answered in batches of `batch_size`; all but lists give an iterator.
 
     The output for one input is a list of `{"generated_text": …}`, one per `num_return_sequences`; for a list of
-    prompts it is a list of such lists. All of generate's arguments can be given, here or at each call; without a
-    length, answers have up to 256 tokens, or as many as the base has positions left for behind the longest input of a
-    batch.
+    prompts it is a list of such lists. All of generate's arguments can be given, here or at each call, and `window`
+    and `span_length` of [`~ICAEForConditionalGeneration.compress`]; without a length, answers have up to 256 tokens,
+    or as many as the base has positions left for behind the longest input of a batch.
 
     Example:
 
@@ -54,11 +54,16 @@ class ICAEContextGenerationPipeline(Pipeline):
         super().__init__(model=model, tokenizer=model.tokenizer, **kwargs)
 
     def __call__(self, inputs, **kwargs):
+        if isinstance(inputs, list) and not inputs:
+            return []
         if isinstance(inputs, Iterable) and not isinstance(inputs, str | dict | list | tuple):
             inputs = (row for row in inputs)  # of all that can be read row by row, Pipeline knows generators
         return super().__call__(inputs, **kwargs)
 
-    def _sanitize_parameters(self, prompt=None, **generate_kwargs):
+    def _sanitize_parameters(self, prompt=None, span_length=None, window=None, **generate_kwargs):
+        how = {"span_length": span_length, "window": window}
+        if how := {name: value for name, value in how.items() if value is not None}:
+            generate_kwargs["how_to_compress"] = how
         return ({} if prompt is None else {"prompt": prompt}), generate_kwargs, {}
 
     def preprocess(self, inputs: dict[str, Any] | str | ICAEMemory, prompt: Any = None) -> dict[str, Any]:
@@ -66,12 +71,17 @@ class ICAEContextGenerationPipeline(Pipeline):
             inputs = {"memory": inputs}
         elif not isinstance(inputs, dict):
             inputs = {"context": inputs}
-        inputs = {"prompt": prompt} | inputs
+        inputs = {"prompt": prompt} | {name: value for name, value in inputs.items() if value is not None}
         unknown = set(inputs) - {"context", "memory", "prompt"}
         if inputs["prompt"] is None or ("context" in inputs) == ("memory" in inputs) or unknown:
             raise ValueError(
                 "Expected a dict with `prompt` and either `context` or `memory`, got the keys "
                 f"{sorted(key for key, value in inputs.items() if value is not None)}."
+            )
+        if "memory" in inputs and not isinstance(inputs["memory"], ICAEMemory):
+            raise TypeError(
+                f"Expected a memory as `compress` gives it, got {type(inputs['memory']).__name__}; a text goes under "
+                "`context`, and of a memory file, `ICAEMemory.load(file)`."
             )
         if "memory" in inputs and len(inputs["memory"]) != 1:
             raise ValueError(
@@ -84,9 +94,11 @@ class ICAEContextGenerationPipeline(Pipeline):
         several = isinstance(prompts, list | tuple) and all(isinstance(one, str | list | tuple) for one in prompts)
         return inputs | {"prompts": list(prompts) if several else [prompts], "several": several}
 
-    def _forward(self, model_inputs: list[dict[str, Any]], **generate_kwargs) -> list[dict[str, Any]]:
+    def _forward(
+        self, model_inputs: list[dict[str, Any]], how_to_compress: dict[str, int] | None = None, **generate_kwargs
+    ) -> list[dict[str, Any]]:
         contexts = [row["context"] for row in model_inputs if "context" in row]
-        compressed = iter(self.model.compress(contexts).rows() if contexts else ())
+        compressed = iter(self.model.compress(contexts, **how_to_compress or {}).rows() if contexts else ())
         memories = [row["memory"] if "memory" in row else next(compressed) for row in model_inputs]
         prompts = self.model.encode_prompts([prompt for row in model_inputs for prompt in row["prompts"]])
         memory = memories[0]  # one context and many prompts: its slots are opened once
@@ -123,6 +135,8 @@ class ICAEContextGenerationPipeline(Pipeline):
 
     def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
         """Batches whole inputs, because memories and lists of texts cannot be padded like tensors."""
+        if batch_size < 1:
+            raise ValueError(f"Expected a `batch_size` of at least 1, got {batch_size}.")
         rows = (self.preprocess(row, **preprocess_params) for row in inputs)
         while batch := list(itertools.islice(rows, batch_size)):
             for outputs in self.forward(batch, **forward_params):
@@ -132,6 +146,8 @@ class ICAEContextGenerationPipeline(Pipeline):
         return next(self.get_iterator([inputs], 0, 1, preprocess_params, forward_params, postprocess_params))
 
 
-PIPELINE_REGISTRY.register_pipeline(TASK, ICAEContextGenerationPipeline, pt_model=AutoModel, type="text")
+# A repository's copy of this file leaves the task to the package, if that is there.
+if __package__ == "icae.modeling_icae" or TASK not in PIPELINE_REGISTRY.supported_tasks:
+    PIPELINE_REGISTRY.register_pipeline(TASK, ICAEContextGenerationPipeline, pt_model=AutoModel, type="text")
 
 __all__ = ["ICAEContextGenerationPipeline"]

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
@@ -84,6 +84,10 @@ class ICAEPreTrainedModel(PreTrainedModel):
     def __init__(self, config: ICAEConfig, base_model: PreTrainedModel | None = None):
         super().__init__(config)
         config._attn_implementation_internal = None  # the base has its own; what is set here was asked for
+        if base_model is None and config.text_config is None:
+            raise ValueError(
+                "Expected a base, or a configuration that describes one (`text_config`), got neither; use `from_base`."
+            )
         if base_model is None:
             base_model = AutoModelForCausalLM.from_config(config.text_config)
         config.text_config = base_model.config
@@ -153,7 +157,7 @@ class ICAEPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_base(
         cls,
-        base: str | PreTrainedModel,
+        base: str | os.PathLike | PreTrainedModel,
         config: ICAEConfig | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -163,7 +167,7 @@ class ICAEPreTrainedModel(PreTrainedModel):
         A new, untrained ICAE around a base model, ready for training (adapter and slots in float32).
 
         Args:
-            base (`str` or `PreTrainedModel`):
+            base (`str`, `os.PathLike` or `PreTrainedModel`):
                 Hub id or folder of a causal language model, or a loaded one, which then belongs to the ICAE.
             config ([`ICAEConfig`], *optional*):
                 How to compress. The fields about the base are filled in; set `base_model_name_or_path` yourself when
@@ -181,8 +185,9 @@ class ICAEPreTrainedModel(PreTrainedModel):
         """
         config = copy.deepcopy(config) if config is not None else ICAEConfig()
         revision = kwargs.get("revision")
-        if isinstance(base, str):
-            base = _load_base(base, **kwargs)
+        if isinstance(base, str | os.PathLike):
+            base = _load_base(str(base), **kwargs)
+        _check_is_model(base)
         config.base_model_name_or_path = config.base_model_name_or_path or base.config._name_or_path
         config.base_model_revision = revision
         config.base_model_fingerprint = _base_fingerprint(base)
@@ -201,8 +206,8 @@ class ICAEPreTrainedModel(PreTrainedModel):
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         *,
-        config: PreTrainedConfig | None = None,
-        base_model: str | PreTrainedModel | None = None,
+        config: PreTrainedConfig | str | os.PathLike | None = None,
+        base_model: str | os.PathLike | PreTrainedModel | None = None,
         is_trainable: bool = False,
         verify_base: bool = True,
         **kwargs,
@@ -214,9 +219,9 @@ class ICAEPreTrainedModel(PreTrainedModel):
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`):
                 Hub id or folder of the ICAE.
-            config ([`ICAEConfig`], *optional*):
-                Configuration to use instead of the saved one.
-            base_model (`str` or `PreTrainedModel`, *optional*):
+            config ([`ICAEConfig`], `str` or `os.PathLike`, *optional*):
+                Configuration to use instead of the saved one, or the folder or Hub id of it.
+            base_model (`str`, `os.PathLike` or `PreTrainedModel`, *optional*):
                 Where to take the base from instead of `config.base_model_name_or_path`.
             is_trainable (`bool`, *optional*, defaults to `False`):
                 Whether adapter and slots get gradients (and float32 weights).
@@ -229,51 +234,68 @@ class ICAEPreTrainedModel(PreTrainedModel):
                 training, `device_map`, `quantization_config`, …).
 
         Raises:
-            `ValueError`: if the base cannot be found or is another one, or if a file is missing or damaged.
+            `ValueError`: if the base cannot be found or is another one, if a file is missing or damaged, or if a
+                `device_map` leaves layers with an adapter on disk or in another memory.
+            `OSError`: if there is no such folder or repository.
         """
         path = str(pretrained_model_name_or_path)
         kwargs = {key: value for key, value in kwargs.items() if key not in AUTO_KWARGS}
         hub = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
-        if not isinstance(config, PreTrainedConfig):  # the config of an AutoModel call may come from a twin module
-            config = ICAEConfig.from_pretrained(path, **hub)
-            if config.text_config is None:
+        own: Any = config  # of an AutoModel call, it may come from a twin module
+        if not isinstance(config, PreTrainedConfig):
+            own = ICAEConfig.from_pretrained(path if config is None else config, **hub)
+            if own.text_config is None:
                 raise ValueError(
                     f"Expected an ICAE checkpoint with 'config.json' at {path!r}, but there is none or it describes "
                     "no base; give the folder or Hub id of a saved ICAE."
                 )
-        if isinstance(base_model, PreTrainedModel):
+        if base_model is not None and not isinstance(base_model, str | os.PathLike):
+            _check_is_model(base_model)
             base = base_model
         else:
             shared = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
-            revision = config.base_model_revision if base_model is None else None
-            dtype = getattr(config.text_config, "dtype", None)
+            revision = own.base_model_revision if base_model is None else None
+            dtype = getattr(own.text_config, "dtype", None)
             if dtype is not None and "torch_dtype" not in kwargs and kwargs.get("dtype", "auto") == "auto":
                 kwargs["dtype"] = dtype  # as in training, not as stored, which may be float16
-            if config._attn_implementation is not None:  # where AutoModel puts it
-                kwargs.setdefault("attn_implementation", config._attn_implementation)
-            base = _load_base(base_model or config.base_model_name_or_path, revision=revision, **shared, **kwargs)
+            if own._attn_implementation is not None:  # where AutoModel puts it
+                kwargs.setdefault("attn_implementation", own._attn_implementation)
+            base = _load_base(
+                str(base_model or own.base_model_name_or_path or ""), revision=revision, **shared, **kwargs
+            )
         _check_base(base)
-        found, known, other_base = _base_fingerprint(base), config.base_model_fingerprint, None
+        found, known, other_base = _base_fingerprint(base), own.base_model_fingerprint, None
         if bases_differ(found, known):
             if verify_base:
                 raise ValueError(
-                    f"Expected the base model {config.base_model_name_or_path!r} (fingerprint "
+                    f"Expected the base model {own.base_model_name_or_path!r} (fingerprint "
                     f"{known}), got {base.config._name_or_path!r} (fingerprint "
                     f"{found}). Slots are written for one set of weights: pass the right `base_model`, or "
                     "`verify_base=False` if you know that the difference is harmless."
                 )
             other_base = found
-        model = cls(copy.deepcopy(config), base_model=base)
+        model = cls(copy.deepcopy(own), base_model=base)
         model._other_base = other_base
         model._make_trainable(is_trainable)  # first, so that float32 weights are not rounded on their way
+        if offloaded := [name for name, one in model.trainable_parameters().items() if one.is_meta]:
+            raise ValueError(
+                f"Expected the slots and all layers with an adapter on their devices, got {len(offloaded)} offloaded "
+                f"tensors, first {offloaded[0]!r}; load the base in 4 bits (`quantization_config`), or give a "
+                "`device_map` that needs neither the disk nor the CPU beside an accelerator."
+            )
         model.load_icae_weights(path, **hub)
         model.name_or_path, model._hub_kwargs = path, hub
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(path, **hub)
+        silent = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
+        if cached_file(path, "generation_config.json", **dict.fromkeys(silent, False), **hub):
+            try:
+                model.generation_config = GenerationConfig.from_pretrained(path, **hub)
+            except OSError as error:
+                raise ValueError(
+                    f"Expected a 'generation_config.json' in JSON at {path!r}, got a damaged one ({error}); save the "
+                    "model again, or remove the file."
+                ) from error
             model._fill_ends()
-        except OSError:
-            pass  # the base's own, copied in __init__
-        return model.eval()
+        return model.eval()  # without the file: the base's own, copied in __init__
 
     def _fill_ends(self) -> None:
         """Answers end where the base's texts end, too, also if its generation_config does not say so."""
@@ -314,7 +336,7 @@ class ICAEPreTrainedModel(PreTrainedModel):
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
         state_dict: dict[str, torch.Tensor] | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         with_code: bool = True,
         **kwargs,
     ) -> None:
@@ -329,7 +351,7 @@ class ICAEPreTrainedModel(PreTrainedModel):
                 Only the main process writes.
             state_dict (`dict[str, torch.Tensor]`, *optional*):
                 Weights to save instead of the model's own, as DeepSpeed gathers them.
-            dtype (`torch.dtype`, *optional*):
+            dtype (`torch.dtype` or `str`, *optional*):
                 Stores the tensors in this dtype, for example `torch.bfloat16` for publishing.
             with_code (`bool`, *optional*, defaults to `True`):
                 Also writes the model's code, so that the folder loads with `trust_remote_code=True` where this
@@ -344,6 +366,7 @@ class ICAEPreTrainedModel(PreTrainedModel):
             return
         folder = Path(save_directory)
         check_folder(folder)
+        stored: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         (folder / ADAPTER_FOLDER).mkdir(parents=True, exist_ok=True)
 
         config = copy.deepcopy(self.config)
@@ -363,7 +386,7 @@ class ICAEPreTrainedModel(PreTrainedModel):
         self.generation_config.to_json_file(folder / "generation_config.json")
 
         def packed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            return {key: value.detach().to(device="cpu", dtype=dtype).contiguous() for key, value in tensors.items()}
+            return {key: value.detach().to(device="cpu", dtype=stored).contiguous() for key, value in tensors.items()}
 
         save_file(packed(self._slots_state_dict(state_dict)), folder / SLOTS_FILE, metadata={"format": "pt"})
         inner = state_dict and {
@@ -397,8 +420,8 @@ class ICAEPreTrainedModel(PreTrainedModel):
             repo_id (`str`):
                 The repository, `"org/name"`, made if missing.
             kwargs:
-                As for any model of transformers: `private`, `create_pr`, `revision`, `token`, `commit_message`,
-                `commit_description`, `tags`.
+                Of those that models of transformers take: `private`, `create_pr`, `revision`, `token`,
+                `commit_message`, `commit_description`, `tags`.
 
         Returns:
             `CommitInfo`: the commit.
@@ -485,7 +508,9 @@ class ICAEPreTrainedModel(PreTrainedModel):
         # Fused optimizers change weights without counting a version: the slots, which every step of training changes
         # unless they are frozen, are compared as well.
         slots = self.memory_embeddings.detach().float().cpu().numpy().tobytes()
-        versions = (slots, *((parameter.data_ptr(), parameter._version) for parameter in parameters.values()))
+        # Tensors of inference mode have no version, and do not change.
+        counted = ((one.data_ptr(), None if one.is_inference() else one._version) for one in parameters.values())
+        versions = (slots, *counted)
         if self._fingerprint is None or self._fingerprint[0] != versions:
             kind = [self.config.memory_type, self.config.encoder_layout, self.config.lora_alpha]
             base = self._other_base or self.config.base_model_fingerprint
@@ -502,8 +527,16 @@ class ICAEPreTrainedModel(PreTrainedModel):
     def adapter(self, enabled: bool) -> Iterator[None]:
         """
         Switches the encoder's adapter on or off for a block, and back whatever happens in it. Other threads that want
-        to switch it wait for the end of the block.
+        to switch it wait for the end of the block: where several use the model, calls of `model.language_model` itself
+        belong in `with model.adapter(False):`.
+
+        Raises:
+            `ValueError`: if the adapter was merged into the base, which would then no longer be the frozen one.
         """
+        if any(layer.merged for layer in self._lora_layers):
+            raise ValueError(
+                "Expected the adapter beside the frozen base, got it merged into its weights; unmerge it."
+            )
         with _SWITCHES.setdefault(self, threading.RLock()):
             before = [layer._disable_adapters for layer in self._lora_layers]
             # Only the flag: PEFT's `disable_adapters()` also flips requires_grad, which would lose the gradients.
@@ -533,6 +566,13 @@ class ICAEPreTrainedModel(PreTrainedModel):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """Raises a `ValueError`: the base is frozen, and slots are written for its very weights."""
+        raise ValueError(
+            "Expected the base as it is, got a new size of its embeddings; resize and save the base, then make a new "
+            "ICAE with `from_base`."
+        )
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, every_n_layers=1):
         layers = [module for module in self.language_model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -595,28 +635,42 @@ def check_folder(folder: Path) -> None:
         )
 
 
+def _check_is_model(base: Any) -> None:
+    if isinstance(base, ICAEPreTrainedModel):
+        raise ValueError(
+            f"Expected the base of an ICAE, got {base.config._name_or_path!r}, an ICAE itself; load it with "
+            "`from_pretrained`, or give the language model that it extends."
+        )
+    if isinstance(base, PeftModel) or (
+        isinstance(base, nn.Module) and any(isinstance(module, BaseTunerLayer) for module in base.modules())
+    ):
+        raise ValueError(
+            f"Expected a base without adapters, got {type(base).__name__} with one inside, which reading memories "
+            "would switch off; merge it into the weights and save them as a base of their own "
+            "(`AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload().save_pretrained(…)`). The base of "
+            "another ICAE is loaded once more."
+        )
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError(f"Expected the base as a folder, a Hub id or a model, got {type(base).__name__}.")
+
+
 def _load_base(name: str, **kwargs) -> PreTrainedModel:
     if not name:
         raise ValueError("Expected the name or folder of a base model, got none; pass `base_model`.")
     try:
-        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        base = AutoModelForCausalLM.from_pretrained(name, **kwargs)
     except OSError as error:
         raise ValueError(
             f"Expected a base model at {name!r}, found none ({error}). Pass `base_model`, the folder or Hub id of the "
             "language model that this ICAE extends."
         ) from error
+    _check_is_model(base)
+    return base
 
 
 def _check_base(base: PreTrainedModel) -> None:
     check_dtype(base.get_input_embeddings().weight.dtype)
     config, name = base.config, type(base).__name__
-    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
-        raise ValueError(
-            f"Expected a base without adapters, got {name} with one inside, which reading memories would switch off; "
-            "merge it into the weights and save them as a base of their own "
-            "(`AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload().save_pretrained(…)`). The base of "
-            "another ICAE is loaded once more."
-        )
     if (text_config := config.get_text_config()) is not config:
         raise ValueError(
             f"Expected a base that reads text alone, got {name}, of which its language model "

@@ -1,5 +1,7 @@
 """Bad input gets an error that says what was expected, what came, and what to do: one test per message."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
@@ -352,3 +354,74 @@ def test_a_base_that_reads_more_than_text(make_icae):
         ValueError, match=r"Expected a base that reads text alone, got Gemma3.* \('gemma3_text'\) is a"
     ):
         make_icae(base=AutoModelForCausalLM.from_config(config))
+
+
+def test_a_base_that_is_an_icae(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    for load in (
+        ICAEForConditionalGeneration.from_base,
+        partial(ICAEForConditionalGeneration.from_pretrained, tmp_path),
+    ):
+        options = {"base_model": model} if isinstance(load, partial) else {"base": model}
+        with pytest.raises(ValueError, match=r"Expected the base of an ICAE, got .*, an ICAE itself; load it with"):
+            load(**options)
+
+
+@pytest.mark.parametrize("load", ["from_base", "from_pretrained"])
+def test_a_base_that_is_no_model(model, tmp_path, load):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="Expected the base as a folder, a Hub id or a model, got int"):
+        if load == "from_base":
+            ICAEForConditionalGeneration.from_base(3)
+        else:
+            ICAEForConditionalGeneration.from_pretrained(tmp_path, base_model=3)
+
+
+def test_neither_a_base_nor_its_configuration():
+    with pytest.raises(ValueError, match=r"Expected a base, or a configuration that describes one"):
+        ICAEForConditionalGeneration(ICAEConfig())
+
+
+def test_a_new_size_of_the_embeddings_changes_nothing(model):
+    with pytest.raises(ValueError, match="Expected the base as it is, got a new size of its embeddings"):
+        model.resize_token_embeddings(120)
+    assert model.get_input_embeddings().weight.shape[0] == model.config.text_config.vocab_size
+
+
+def test_an_adapter_that_was_merged(model):
+    for layer in model._lora_layers:
+        layer.merge()
+    with pytest.raises(ValueError, match="Expected the adapter beside the frozen base, got it merged"):
+        model.compress([5, 6])
+
+
+def test_slots_of_whole_numbers(model):
+    with pytest.raises(ValueError, match=r"Expected a floating dtype for memory slots, got torch\.int8"):
+        model.compress([5, 6]).to(torch.int8)
+
+
+def test_a_memory_of_another_copy_of_the_code(model):
+    other = type("ICAEMemory", (), {"__module__": "transformers_modules.icae"})()
+    message = r"got one of transformers_modules\.icae, other code than this model's .*`type\(model\.compress"
+    with pytest.raises(TypeError, match=message):
+        model.generate(memory=other, prompt="?")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"span_length": 128.0},
+        {"span_length": True},
+        {"compression_ratio": True},
+        {"lora_r": True},
+        {"lora_alpha": "64"},
+        {"lora_alpha": float("inf")},
+        {"lora_dropout": "0.1"},
+        {"text_config": {}},
+        {"text_config": "gpt2"},
+    ],
+)
+def test_a_field_of_another_type(fields):
+    (name,) = fields
+    with pytest.raises(ValueError, match=f"Expected `{name}`"):
+        ICAEConfig(**fields)

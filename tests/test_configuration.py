@@ -48,7 +48,7 @@ def test_a_base_without_a_start_token_uses_its_end_token():
     ("wrong", "message"),
     [
         ({"memory_type": "words"}, "Expected `memory_type` to be one of .* got 'words'"),
-        ({"span_length": 1}, "Expected `span_length` of at least 2 tokens, got 1"),
+        ({"span_length": 1}, "Expected `span_length` as a whole number of at least 2 tokens, got 1"),
         ({"num_memory_slots": 4}, "Expected exactly one of `compression_ratio` and `num_memory_slots`"),
         ({"compression_ratio": 0.5}, "more slots than tokens compress nothing"),
         (
@@ -59,7 +59,7 @@ def test_a_base_without_a_start_token_uses_its_end_token():
         ({"decoder_layout": {"autoencoding": "uniform"}}, "a dict that gives one for each of"),
         ({"encoder_layout": "sequential"}, "Set `decoder_layout='sequential'`|set `decoder_layout='sequential'`"),
         ({"lora_r": 0}, "Expected `lora_r` of at least 1, got 0"),
-        ({"lora_dropout": 1.0}, r"Expected `lora_dropout` in \[0, 1\), got 1.0"),
+        ({"lora_dropout": 1.0}, r"Expected `lora_dropout`, a number in \[0, 1\), got 1.0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hub_server import BASE, LAYOUT, contents, sha256
 from icae import ICAEForConditionalGeneration
 from icae.cli import main
-from icae.hub_upload import assemble, check, check_base_id, check_training_state, training_state, verify
+from icae.hub_upload import alone, assemble, check, check_base_id, check_training_state, training_state, verify
 from icae.hub_upload.checks import _check_sizes
 from icae.hub_upload.layout import CODE
 from icae.model_cards import CardFacts, model_card, write_card
@@ -426,7 +426,7 @@ def test_a_process_that_does_not_end_is_refused_and_leaves_the_model_as_it_was(m
     assert json.loads(commands[0][4])["cache_dir"] == str(Path("cache").absolute()), "where the base may lie"
     assert "hf_tester" not in "".join(commands[0])
     monkeypatch.setattr("icae.hub_upload.alone.PROMPT", None)
-    with pytest.raises(ValueError, match="Expected a `prompt`"):
+    with pytest.raises(ValueError, match="Expected a prompt as str"):
         verify(folder, model)
     assert model.training
 
@@ -467,3 +467,10 @@ def test_a_loaded_checkpoint_is_assembled_from_its_own_files(checkpoint, base_fo
     shutil.rmtree(checkpoint)
     loaded = ICAEForConditionalGeneration.from_pretrained(tmp_path / "second", base_model=base_folder)
     assert loaded.config.base_model_name_or_path == BASE
+
+
+def test_what_is_verified_fits_into_few_positions_and_is_one_greedy_answer(make_icae):
+    model = make_icae(base=make_base(max_position_embeddings=80), span_length=60)
+    model.generation_config.update(do_sample=True, num_return_sequences=2, num_beams=2)
+    assert len(alone.outputs(model.eval())["scores"]) == 2  # rows
+    assert model.reconstruct([5, 6, 7])

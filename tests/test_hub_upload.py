@@ -440,6 +440,19 @@ def test_the_command_needs_the_whole_name_of_a_repository(hub, verified, checkpo
     assert "Expected the whole name of a repository, ORG/NAME, got 'icae-tiny'" in capsys.readouterr().err
 
 
+def test_a_model_s_own_push_refuses_a_bad_name_before_the_verification(hub, verified, make_model):
+    with pytest.raises(ValueError, match="a/b/c"):
+        make_model().push_to_hub("a/b/c")
+    assert not verified and not hub.requests
+
+
+def test_a_model_whose_folder_is_gone_is_pushed_without_the_facts_of_the_folder(hub, verified, make_model):
+    model = make_model()
+    model.name_or_path = "runs/icae"
+    model.push_to_hub(REPO)
+    assert REPO in hub.repositories
+
+
 def test_a_name_that_the_hub_does_not_take_is_refused_in_a_dry_run_as_well(hub, verified, checkpoint, capsys):
     assert main(["push", str(checkpoint), "org/icae/tiny", "--dry-run"]) == 2
     assert "org/icae/tiny" in capsys.readouterr().err

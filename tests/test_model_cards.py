@@ -1,3 +1,4 @@
+import ast
 import json
 import re
 import shutil
@@ -340,6 +341,24 @@ def test_a_language_that_the_hub_does_not_take_is_refused(language):
     with pytest.raises(ValueError, match=f"Expected languages as codes, .* got '{language}'"):
         CardFacts(language=["en", language])
     assert CardFacts(language=["en", "pt-BR", "zh-Hant", "yue", "multilingual", "code"]).language
+
+
+def test_bars_and_line_breaks_do_not_break_tables(config):
+    config.lora_target_modules = "q_proj|v_proj"
+    stage = replace(PRETRAINING, hardware="one | two\nthree")
+    card = render(replace(FACTS, stages=[stage]), config)
+    assert r"on `q_proj\|v_proj` |" in card and r"| hardware | one \| two three |" in card
+
+
+def test_the_quickstart_is_python_whatever_the_names(config):
+    config.base_model_name_or_path = 'a/b/my "base"'
+    for facts in (
+        CardFacts(name='my"model\\ of\n# two lines'),
+        CardFacts(name="x", repo_id="a/b", branch='"; exit()'),
+    ):
+        card = render(facts, config)
+        ast.parse(snippet(card))
+        assert "\n# two lines" not in card
 
 
 def test_a_folder_without_an_icae_is_refused(tmp_path):

@@ -226,3 +226,35 @@ def test_generation_does_not_depend_on_the_order_of_a_batch(pipe):
     torch.manual_seed(0)
     forwards = pipe(QUESTIONS, batch_size=3, **OPTIONS)
     assert pipe(QUESTIONS[::-1], batch_size=3, **OPTIONS)[::-1] == forwards
+
+
+def test_what_is_none_is_not_given(pipe):
+    memory = pipe.model.compress("Ines lives in Bergen by the sea.")
+    expected = pipe({"memory": memory, "prompt": "Who?"})
+    assert pipe({"context": None, "memory": memory, "prompt": "Who?"}) == expected
+
+
+def test_no_inputs_have_no_outputs(pipe):
+    assert pipe([]) == []
+
+
+def test_what_is_no_memory_is_refused(pipe):
+    with pytest.raises(
+        TypeError, match="Expected a memory as `compress` gives it, got str; a text goes under `context`"
+    ):
+        pipe({"memory": "a text", "prompt": "Who?"})
+
+
+def test_a_batch_of_no_rows_is_refused(pipe):
+    with pytest.raises(ValueError, match="Expected a `batch_size` of at least 1, got 0"):
+        list(pipe([{"context": "Ines lives in Bergen by the sea.", "prompt": "Who?"}] * 2, batch_size=0))
+
+
+def test_how_to_compress_can_be_given(pipe):
+    memory = pipe.model.compress("Ines lives in Bergen by the sea.", span_length=8)
+    found = pipe({"context": "Ines lives in Bergen by the sea.", "prompt": "Who?"}, span_length=8)
+    assert found == pipe({"memory": memory, "prompt": "Who?"})
+    long = "The keeper counts. " * 40
+    with pytest.raises(ValueError, match="takes longer documents"):
+        pipe({"context": long, "prompt": "Who?"}, max_new_tokens=2)
+    assert pipe({"context": long, "prompt": "Who?"}, window=256, max_new_tokens=2)

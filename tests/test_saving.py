@@ -1,3 +1,4 @@
+import copy
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from icae import ICAEConfig, ICAEForConditionalGeneration
+from icae.modeling_icae.pretrained_icae import SLOTS_FILE
 from tiny import make_base
 
 
@@ -429,3 +431,43 @@ def test_a_config_json_of_one_s_own_is_not_written_over(saved, tmp_path, content
     with pytest.raises(ValueError, match=r"which holds a 'config.json' that is no model's; give another one"):
         model.save_pretrained(folder)
     assert [file.name for file in folder.iterdir()] == ["config.json"]
+
+
+def test_a_model_that_was_loaded_in_inference_mode_compresses(saved):
+    expected = saved[0].compress([5, 6, 7]).slots
+    with torch.inference_mode():
+        model = ICAEForConditionalGeneration.from_pretrained(saved[1])
+        assert torch.equal(model.compress([5, 6, 7]).slots, expected)
+        assert model.reconstruct([5, 6, 7])
+
+
+def test_a_base_of_which_layers_with_an_adapter_are_offloaded_is_refused(saved, tmp_path):
+    parts = ("embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb")
+    device_map = {f"model.{part}": "cpu" for part in parts} | {"lm_head": "cpu", "model.layers.0": "disk"}
+    with pytest.raises(ValueError, match=r"on their devices, got \d+ offloaded tensors, first .*layers\.0.*lora_A"):
+        ICAEForConditionalGeneration.from_pretrained(
+            saved[1], device_map=device_map, offload_folder=str(tmp_path / "offloaded")
+        )
+
+
+def test_a_configuration_may_be_named(saved, tmp_path):
+    model, folder = saved
+    config = copy.deepcopy(model.config)
+    config.decoder_layout["continuation"] = "sequential"
+    config.save_pretrained(tmp_path / "other")
+    loaded = ICAEForConditionalGeneration.from_pretrained(folder, config=str(tmp_path / "other"))
+    assert loaded.config.decoder_layout["continuation"] == "sequential"
+
+
+def test_a_damaged_generation_config_is_refused_and_a_missing_one_is_the_base_s(saved):
+    file = saved[1] / "generation_config.json"
+    file.write_text('{"max_new_tokens": 5')
+    with pytest.raises(ValueError, match=r"Expected a 'generation_config.json' in JSON at .*, got a damaged one"):
+        ICAEForConditionalGeneration.from_pretrained(saved[1])
+    file.unlink()
+    assert ICAEForConditionalGeneration.from_pretrained(saved[1]).generation_config.max_new_tokens is None
+
+
+def test_a_dtype_to_save_in_may_be_named(saved, tmp_path):
+    saved[0].save_pretrained(tmp_path / "named", dtype="bfloat16")
+    assert load_file(tmp_path / "named" / SLOTS_FILE)["memory_embeddings"].dtype == torch.bfloat16

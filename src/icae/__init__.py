@@ -6,7 +6,7 @@ Importing the package registers it with transformers, so that `AutoConfig` and `
 
 from importlib.metadata import version
 
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_icae import ICAEConfig
 from .embedded import EMBEDDED_CHECKPOINT, embedded_base
@@ -25,4 +25,5 @@ __all__ = [
 ]
 
 AutoConfig.register("icae", ICAEConfig, exist_ok=True)
-AutoModel.register(ICAEConfig, ICAEForConditionalGeneration, exist_ok=True)
+for auto_class in (AutoModel, AutoModelForCausalLM):  # as a checkpoint's own code is found
+    auto_class.register(ICAEConfig, ICAEForConditionalGeneration, exist_ok=True)
