@@ -277,11 +277,14 @@ class CardFacts:
                 "make them with `icae evaluate` and `python -m icae.evaluation.curves`."
             )
         own = weights_digest(model)
+        self.reconstruction = self.answers = None
         for name, rows in (("reconstruction", "models"), ("answers", "summary")):
+            if name not in found:
+                continue
             file = folder / f"{name}.json"
             try:
-                evaluation = _evaluation(found.get(name), rows)
-                weights = [*found[name].get("weights", {}).values()][-1:] if name in found else [own]
+                evaluation = _evaluation(found[name], rows)
+                weights = [*found[name].get("weights", {}).values()][-1:]  # the last row is this model
             except (KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"Expected what `icae evaluate {name}` writes in {file}, got {error!r}.") from error
             if weights != [own]:
@@ -326,9 +329,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise ValueError(f"Expected results in {file}, got a damaged file ({error}).") from error
 
 
-def _evaluation(record: dict[str, Any] | None, rows: str) -> Evaluation | None:
-    if record is None:
-        return None
+def _evaluation(record: dict[str, Any], rows: str) -> Evaluation:
     made_by = record["made_by"]
     return Evaluation(
         rows={

@@ -1,5 +1,6 @@
 import json
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -85,14 +86,16 @@ def test_a_finished_run_is_not_taken_for_that_of_another_sweep(sweep_file, monke
     assert "got one made by ['pretrain', '--max_steps', '9']; remove the folder" in message
 
 
-def test_a_finished_run_is_not_taken_for_that_of_a_changed_preset(sweep_file, monkeypatch, capsys):
-    def run(command, check):
-        folder = Path(command[command.index("--output_dir") + 1])
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "trainer_state.json").write_text('{"log_history": [{"eval_lm_loss": 1}]}')
-        return subprocess.CompletedProcess(command, 0)
+def write_log(history: list[dict], command: list[str], check: bool) -> subprocess.CompletedProcess:
+    """In place of a run: only its log."""
+    folder = Path(command[command.index("--output_dir") + 1])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(subprocess, "run", run)
+
+def test_a_finished_run_is_not_taken_for_that_of_a_changed_preset(sweep_file, monkeypatch, capsys):
+    monkeypatch.setattr(subprocess, "run", partial(write_log, [{"eval_lm_loss": 1}]))
     monkeypatch.setattr("icae.evaluation.sweep.draw_curves", lambda shown: None)
     assert main(["sweep", str(sweep_file)]) == main(["sweep", str(sweep_file)]) == 0
     Path("shared.yaml").write_text(Path("shared.yaml").read_text() + "seed: 7\n")
@@ -101,13 +104,7 @@ def test_a_finished_run_is_not_taken_for_that_of_a_changed_preset(sweep_file, mo
 
 
 def test_a_sweep_without_evaluations_says_so(sweep_file, monkeypatch, capsys):
-    def run(command, check):
-        folder = Path(command[command.index("--output_dir") + 1])
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "trainer_state.json").write_text('{"log_history": []}')
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", partial(write_log, []))
     assert main(["sweep", str(sweep_file)]) == 2
     assert "Expected evaluations with `eval_lm_loss` in the log of a run, got none" in capsys.readouterr().err
 
