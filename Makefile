@@ -69,9 +69,7 @@ refine-embedded: $(STAMP)  ## rounds of short runs and their means
 	    $(BIN)/icae pretrain --config trainers/presets/round_cpu.yaml $(FILES) $$options --output_dir $$to/reconstruction; \
 	    $(BIN)/icae sft --config trainers/presets/sft_round_cpu.yaml --train_files $(TRIPLES)/train.parquet \
 	      --document_files $(wildcard $(DATA)/train-*.parquet) $$options --output_dir $$to/answers; \
-	    rm -rf $$to/part; \
-	    $(BIN)/icae average $$to/reconstruction $$start $$to/answers --weights 0.5 0.25 0.25 --output $$to/part; \
-	    mv $$to/part $$to/mean; \
+	    $(BIN)/icae average $$to/reconstruction $$start $$to/answers --weights 0.5 0.25 0.25 --output $$to/mean; \
 	  fi; start=$$to/mean; \
 	done
 
@@ -92,10 +90,10 @@ $(DONE)/probes: RUN_THIS = evaluate probes --data $(DATA)/validation.parquet \
   --without wikitext2 de_eltec code_python_stdlib --pairs 24 --per-kind 24
 $(DONE)/answers: RUN_THIS = evaluate answers --data $(TRIPLES)/validation.parquet --per-source 5 --dtype float32 $(OPTIONAL_READERS)
 BY_SOURCE = evaluate answers --data $(TRIPLES)/validation.parquet --dtype float32 \
+  --per-source 30 --max-context-length 1280 \
   --readers icae "full context" "truncated context" "no context"
-$(DONE)/by_source: RUN_THIS = $(BY_SOURCE) --per-source 30 --max-context-length 1280 \
-  --output results/answers_by_source.json
-$(DONE)/by_source_penalty: RUN_THIS = $(BY_SOURCE) --per-source 12 --repetition-penalty 1.15 \
+$(DONE)/by_source: RUN_THIS = $(BY_SOURCE) --output results/answers_by_source.json
+$(DONE)/by_source_penalty: RUN_THIS = $(BY_SOURCE) --repetition-penalty 1.15 \
   --output results/answers_by_source_penalty.json
 $(DONE)/bench: RUN_THIS = bench generate --contexts 512 1024 2048 4096 8000 --repeats 2
 $(DONE)/bench_ratios: RUN_THIS = bench generate --batches 4 --contexts 512 --ratios 2 4 8 16 --repeats 2 --no-memory \

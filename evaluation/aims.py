@@ -22,14 +22,18 @@ from icae.evaluation.record import write_record
 Record = dict[str, Any]
 Measured = tuple[float | None, list[float] | None]
 NOT_MEASURED = (None, None)
+SOURCES = "share of sources with better answers than"
+PENALTY = ", all with a repetition penalty"
 AIMS = {  # by measure: the least or the most it should be
     "autoencoding loss, nats": ("at most", 0.10),
     "BLEU": ("at least", 0.95),
     "exact prefix": ("at least", 0.60),
     "perplexity of what follows, above the full context's": ("at most", 0.10),
     "token F1 of answers, of the full context's": ("at least", 0.90),
-    "share of sources with better answers than the truncated context's": ("at least", 1.0),
-    "share of sources with better answers than without a context": ("at least", 1.0),
+    f"{SOURCES} the truncated context's": ("at least", 1.0),
+    f"{SOURCES} without a context": ("at least", 1.0),
+    f"{SOURCES} the truncated context's{PENALTY}": ("at least", 1.0),
+    f"{SOURCES} without a context{PENALTY}": ("at least", 1.0),
 }
 LEAST = 3  # evaluations of a run that a slope is drawn through
 # Learning curves of the runs of both stages, each from the end of the one before it.
@@ -42,14 +46,15 @@ def measures(
     continuation: Record | None = None,
     answers: Record | None = None,
     by_source: Record | None = None,
+    penalised: Record | None = None,
     name: str = "reconstruction",
 ) -> dict[str, Measured]:
     """
     What the files say of one checkpoint, under the names of the aims, as far as they are there: of contexts of that
-    length, but of answers to all prompts. Each value comes with its interval of 95%, where there is one. `name` is
-    that of the file of reconstructions.
+    length, but of answers to all prompts, greedy ones and (`penalised`) those with a repetition penalty. Each value
+    comes with its interval of 95%, where there is one. `name` is that of the file of reconstructions.
     """
-    loss, bleu, prefix, perplexity, f1, above_truncated, above_none = AIMS
+    loss, bleu, prefix, perplexity, f1, *shares = AIMS
     found = _of_length(_only_model(reconstruction)["by_length"], length, name)
     values: dict[str, Measured] = {
         loss: (found["ae_loss"], found.get("ae_loss_interval")),
@@ -62,10 +67,10 @@ def measures(
         values[perplexity] = percent / 100, bounds and [bound / 100 for bound in bounds]
     if answers is not None and "f1_share_of_full_context" in (row := answers["summary"]["icae"]):
         values[f1] = row["f1_share_of_full_context"], row.get("f1_share_interval")
-    if by_source is not None:
-        for aim, other in ((above_truncated, "truncated context"), (above_none, "no context")):
-            if other in by_source["icae_minus"]:  # not where only some readers were compared
-                values[aim] = _share_above(by_source["icae_minus"][other])
+    others = [(record, other) for record in (by_source, penalised) for other in ("truncated context", "no context")]
+    for aim, (record, other) in zip(shares, others, strict=True):
+        if record is not None and other in record["icae_minus"]:  # not where only some readers were compared
+            values[aim] = _share_above(record["icae_minus"][other])
     return values
 
 
@@ -158,8 +163,8 @@ def main(argv: list[str] | None = None) -> None:
     if reconstruction is None:
         raise ValueError(f"Expected reconstruction.json in {str(results)!r}, got none: `make evaluate` writes it.")
     continuation, pretrained = read("continuation"), read("pretrained")
-    answers, by_source = read("answers"), read("answers_by_source")
-    now = measures(length, reconstruction, continuation, answers, by_source)
+    answers, by_source, penalised = map(read, ("answers", "answers_by_source", "answers_by_source_penalty"))
+    now = measures(length, reconstruction, continuation, answers, by_source, penalised)
     before = measures(length, pretrained, name="pretrained") if pretrained else {}
     rows = []
     for name, (side, aim) in AIMS.items():
@@ -172,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     loss, (_, aim) = next(iter(AIMS.items()))
     curves = {name: curve for name in RUNS if (curve := read(name)) is not None}
     files = {"reconstruction": reconstruction, "continuation": continuation, "answers": answers}
-    files |= {"answers_by_source": by_source, "pretrained": pretrained}
+    files |= {"answers_by_source": by_source, "answers_by_source_penalty": penalised, "pretrained": pretrained}
     record = {"what": "the embedded checkpoint against its aims", "length": length, "aims": rows}
     record |= {"slope_of": loss, "slopes": slopes(curves, aim)}
     record |= {"measured_by": {name: _source(file) for name, file in files.items() if file is not None}}

@@ -35,7 +35,12 @@ LABELS = {"ae_loss": "autoencoding loss", "lm_loss": "continuation loss", "respo
 
 
 def read_run(folder: Path, loss: str) -> dict[str, Any]:
-    """Settings and evaluations of one run."""
+    """
+    Settings and evaluations of one run.
+
+    Raises:
+        `ValueError`: if it was not evaluated, or without the control.
+    """
     config = json.loads((folder / "config.json").read_text())
     state = json.loads((folder / "trainer_state.json").read_text())
     made = json.loads((folder / RUN).read_text()) if (folder / RUN).is_file() else {}
@@ -44,6 +49,12 @@ def read_run(folder: Path, loss: str) -> dict[str, Any]:
         raise ValueError(
             f"Expected held-out evaluations with `eval_{loss}` in the log of {str(folder)!r}, got none; train with "
             "`--eval_files` and `--eval_strategy steps`."
+        )
+    control = f"eval_{loss}_other_text"
+    if any(control not in entry for entry in evaluations):
+        raise ValueError(
+            f"Expected the control `{control}` in every evaluation of {str(folder)!r}, got some without; evaluate "
+            "batches of different contexts (`--per_device_eval_batch_size` of 2 or more)."
         )
     return {
         "config": {name: config[name] for name in FIELDS},

@@ -15,7 +15,7 @@ def read_rows(files: str | list[str], streaming: bool = False) -> Dataset | Iter
         `ValueError`: if they hold no rows, or if one is damaged.
     """
     first = files if isinstance(files, str) else files[0]
-    kind = "json" if ".json" in Path(first).name else "parquet"
+    kind = "parquet" if is_parquet(first) else "json"
     try:
         return load_dataset(kind, data_files=files, split="train", streaming=streaming)
     except (DatasetGenerationError, ValueError) as error:
@@ -23,6 +23,11 @@ def read_rows(files: str | list[str], streaming: bool = False) -> Dataset | Iter
         raise ValueError(
             f"Expected rows in {files!r}, got none, or a file that is not {kind} ({error.__cause__ or error})."
         ) from error
+
+
+def is_parquet(file: str) -> bool:
+    """Whether a file is read as Parquet, as its name says; it is JSON else."""
+    return ".json" not in Path(file).name
 
 
 def check_filled(rows: Dataset, columns: Iterable[str], file: str) -> None:

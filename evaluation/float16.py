@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from datasets import load_dataset
 
-from icae.cli import load_model
+from icae.cli import load_model, whole_number
 from icae.evaluation.record import write_record
 
 
@@ -24,8 +24,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--texts", required=True, help="Parquet file with a column `text`")
     parser.add_argument("--model", help="an ICAE (default: the embedded checkpoint)")
     parser.add_argument("--base", help="its base, if not where the ICAE says")
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=whole_number(1), default=16)
+    parser.add_argument("--seed", type=whole_number(0), default=0)
     parser.add_argument("--output", type=Path, default=Path("results/float16.json"))
     arguments = parser.parse_args(argv)
     model = load_model(arguments.model, arguments.base, "float32")
@@ -47,8 +47,9 @@ def main(argv: list[str] | None = None) -> None:
         ids = torch.tensor(model.tokenizer(text, add_special_tokens=False)["input_ids"])[None]
         model.language_model(input_ids=ids.to(model.device))
         tokens += int(memory.num_tokens)
+    base = model.config.base_model_name_or_path
     record = {
-        "what": "largest activation of SmolLM2-135M-Instruct in float32, against the largest float16",
+        "what": f"largest activation of {base} in float32, against the largest float16",
         "largest_activation": largest,
         "largest_float16": FLOAT16_MAX,
         "share_of_range": {name: value / FLOAT16_MAX for name, value in largest.items()},

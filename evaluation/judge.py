@@ -31,6 +31,7 @@ from urllib.parse import urlsplit
 
 from tqdm.auto import tqdm
 
+from icae.cli import whole_number
 from icae.evaluation.answer_files import AnswerFile, Line, append_lines, digest, read_lines
 from icae.evaluation.arguments import command_line
 from icae.evaluation.chat_client import ChatClient, Message
@@ -238,14 +239,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--price-per-million", type=float, nargs=2, metavar=("IN", "OUT"), help="of the judge's tokens"
     )
-    parser.add_argument("--max-rows", type=int, help="compare so many, drawn at random")
-    parser.add_argument("--parallel", type=int, default=4, help="requests at once (default: 4)")
+    parser.add_argument("--max-rows", type=whole_number(1), help="compare so many, drawn at random")
+    parser.add_argument("--parallel", type=whole_number(1), default=4, help="requests at once (default: 4)")
     parser.add_argument("--output", type=Path, default=Path("results/judge.json"), help="JSON file to write")
     arguments = parser.parse_args(argv)
     if not arguments.against and not arguments.answer_with:
         raise ValueError("Expected something to compare with, got nothing; name `--against` or `--answer-with`.")
 
     folder = arguments.output.with_suffix("")
+    if folder == arguments.output:
+        raise ValueError(
+            f"Expected an `--output` with an ending, as `judge.json`, got {str(folder)!r}, which is the folder of its "
+            "verdicts."
+        )
     ours = AnswerFile(arguments.answers)
     rows = read_rows(arguments.data, ours, arguments.max_rows)
     url, model = arguments.judge

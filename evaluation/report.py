@@ -269,15 +269,19 @@ def build(results: Path) -> tuple[str, dict[str, bytes]]:
             parts.append(f"![{section.title}]({image})\n")
         parts.append(birth(record))
     for curves in sorted(results.glob("*.png")):
-        record = json.loads(curves.with_suffix(".json").read_text())
+        file = curves.with_suffix(".json")
+        record = json.loads(file.read_text()) if file.is_file() else None
+        if not isinstance(record, dict) or "runs" not in record:
+            continue  # a picture of something else
         plots[curves.name] = curves.read_bytes()
         title = record["what"]
         parts += [f"## {title}\n", f"![{title}]({curves.name})\n", tables.runs(record), birth(record)]
     shown = {section.name for section in SECTIONS} | {Path(name).stem for name in plots}
     others = [file for file in sorted(results.glob("*.json")) if file.stem not in shown]
     if others:
-        said = {file: json.loads(file.read_text()).get("what", "not a record") for file in others}
-        lines = [f"- [{file.name}](results/{file.name}): {what}\n" for file, what in said.items()]
+        found = {file: json.loads(file.read_text()) for file in others}
+        said = {file: one.get("what") if isinstance(one, dict) else None for file, one in found.items()}
+        lines = [f"- [{file.name}](results/{file.name}): {what or 'not a record'}\n" for file, what in said.items()]
         parts += ["## Other files\n", "".join(lines)]
     if missing:
         parts += ["## Not measured yet\n", "".join(missing)]

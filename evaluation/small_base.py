@@ -26,7 +26,7 @@ SIZES = {
     "max_position_embeddings": 1024,
 }
 GPT2_SIZES = {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 1024}
-START, END = "<s>", "</s>"
+END = "</s>"  # of a text, so it stands in front of texts as well, and is what a sequence starts with
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,9 +76,9 @@ def main(argv: list[str] | None = None) -> None:
 def learn_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE vocabulary."""
     learned = ByteLevelBPETokenizer()
-    learned.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=[START, END], show_progress=False)
+    learned.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=[END], show_progress=False)
     return PreTrainedTokenizerFast(
-        tokenizer_object=learned._tokenizer, bos_token=START, eos_token=END, pad_token=END, model_max_length=1024
+        tokenizer_object=learned._tokenizer, bos_token=END, eos_token=END, pad_token=END, model_max_length=1024
     )
 
 

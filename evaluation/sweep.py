@@ -17,7 +17,8 @@ runs:
 
 Options behind the file (`--train_files`, `--eval_files`) go to every run that does not set them itself. Runs that have
 finished are not repeated, and one that was interrupted goes on from its last checkpoint, if it has any, so the same
-command can be given again. A later run may start from an earlier one: `init_from: runs/layouts/uniform`.
+command can be given again. A later run may start from an earlier one: `init_from: runs/layouts/uniform`. If that one
+is trained anew, a run that started from the old one is refused.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import yaml
 from icae.evaluation.answer_files import digest
 from icae.evaluation.curves import LABELS
 from icae.evaluation.curves import main as draw_curves
+from icae.modeling_icae.pretrained_icae import SLOTS_FILE
 
 
 COMMAND = "sweep.json"  # in the folder of a finished run
@@ -55,6 +57,8 @@ def main(argv: list[str] | None = None) -> None:
         command = [stage, *options, *(word for key, value in values.items() for word in as_words(key, value))]
         finished = folder / COMMAND
         made_by = {"command": command, "config": digest(values["config"]) if "config" in values else None}
+        if (start := Path(values.get("init_from", ""), SLOTS_FILE)).is_file():
+            made_by["start"] = digest(start)
         if finished.is_file() and (found := json.loads(finished.read_text())) != made_by:
             raise ValueError(
                 f"Expected the run in {str(folder)!r} to be made by what the sweep says now ({made_by}), got one made "

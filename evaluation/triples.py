@@ -4,7 +4,7 @@ from pathlib import Path
 
 from datasets import Dataset, Value
 
-from icae.evaluation.files import check_filled, read_rows
+from icae.evaluation.files import check_filled, is_parquet, read_rows
 
 
 COLUMNS = ("context", "prompt", "response")
@@ -12,13 +12,17 @@ TEXT = (Value("string"), Value("large_string"))  # as pandas 3 writes it
 PWC_NAMES = {"input": "context", "answer": "response"}  # `sggetao/PwC`
 
 
-def check_other_file(data: str, output: str) -> None:
+def check_output(data: str, output: str) -> None:
     """
+    Checks where rows are written to, before hours of work.
+
     Raises:
-        `ValueError`: if what is written would take the place of what it is made from.
+        `ValueError`: if they would take the place of what they are made from, or be read as JSON, which they are not.
     """
     if Path(data).resolve() == Path(output).resolve():
         raise ValueError(f"Expected an `--output` besides `--data`, got {output!r} for both; give another file.")
+    if not is_parquet(output):
+        raise ValueError(f"Expected an `--output` that is not named like JSON, got {output!r}; rows are Parquet.")
 
 
 def load_triples(file: str, responses: bool = True) -> Dataset:

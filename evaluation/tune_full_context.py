@@ -2,7 +2,8 @@
 The baseline that is tuned like an ICAE: `python -m icae.evaluation.tune_full_context --config FILE.yaml --tuned OUT`.
 
 A LoRA of the same size, on the same triples in the same chat format, with the loss on the response alone, but the
-decoder reads the whole context. Takes the arguments of `icae sft`; the trainer is TRL's.
+decoder reads the whole context. Takes the arguments of `icae sft` (behind `--config FILE`) and heeds those of the
+model, of the data and, for TRL's trainer, `SHARED`; a run is short and starts anew each time.
 
 A row is one triple here, while one of an ICAE holds up to `max_prompts` of them and a share trains reconstruction:
 choose `max_steps` for as many triples. How many there were stands in `tuned_on.json` beside the adapter.
@@ -39,6 +40,12 @@ class TuneArguments(SFTArguments):
 def main(argv: list[str] | None = None) -> None:
     parser = TrlParser((TuneArguments, ICAEArguments, ICAESFTConfig))
     script, icae, config = parser.parse_args_and_config(argv)
+    if script.resume:
+        raise ValueError("Expected no `--resume`, got it; this command keeps no checkpoints to go on from.")
+    if Path(script.tuned).exists():
+        raise ValueError(
+            f"Expected a folder `--tuned` that does not exist yet, got {script.tuned!r}; name another or remove it."
+        )
     set_seed(config.seed)
     model = load_model(script, icae, cpu=config.use_cpu)
     train, evaluation = load_data(script, config.seed)

@@ -113,9 +113,9 @@ def test_values_now_and_after_the_first_run_stand_beside_the_aims(write):
     after, before = reconstruction(0.3, prefix=0.1), reconstruction(0.08)
     record = write(reconstruction=after, pretrained=before, continuation=continuation, answers=answers)
     columns = {key: [row.get(key) for row in record["aims"]] for key in ("value", "reached", "after_first_run")}
-    assert columns["value"] == [0.3, 0.96, 0.1, 0.08, 0.94, None, None]
-    assert columns["reached"] == [False, True, False, True, True, None, None]
-    assert columns["after_first_run"] == [0.08, 0.96, 0.7, None, None, None, None]
+    assert columns["value"] == [0.3, 0.96, 0.1, 0.08, 0.94, None, None, None, None]
+    assert columns["reached"] == [False, True, False, True, True, None, None, None, None]
+    assert columns["after_first_run"] == [0.08, 0.96, 0.7, *[None] * 6]
     text = tables.aims(record)
     assert "| autoencoding loss, nats | at most 0.1 | 0.08 | 0.30 | no |" in text and "power law" not in text
     assert "| at most 0.1 | – | 0.08 [0.07, 0.09] | yes |" in text
@@ -124,7 +124,7 @@ def test_values_now_and_after_the_first_run_stand_beside_the_aims(write):
 
 def test_what_is_not_measured_is_neither_reached_nor_missed(write):
     record = write(reconstruction=reconstruction(0.3))
-    assert [row.get("reached") for row in record["aims"]] == [False, True, True, None, None, None, None]
+    assert [row.get("reached") for row in record["aims"]] == [False, True, True, *[None] * 6]
     assert "| – | – | – |" in tables.aims(record)
 
 
@@ -134,8 +134,8 @@ def test_long_answers_of_a_source_are_better_by_rouge_l_and_short_ones_by_f1(wri
     none = {"long": {"f1": 0.1, "rougeL": 0.0}, "short": short, "other": {"f1": -0.1}, "last": {"f1": 0.2}}
     by_source = {"icae_minus": {"truncated context": {"long": long, "short": short}, "no context": none}}
     record = write(reconstruction=reconstruction(0.1), answers_by_source=by_source)
-    assert [row["value"] for row in record["aims"][-2:]] == [1.0, 0.5]
-    assert [row["reached"] for row in record["aims"][-2:]] == [True, False]
+    assert [row["value"] for row in record["aims"][-4:-2]] == [1.0, 0.5]
+    assert [row["reached"] for row in record["aims"][-4:-2]] == [True, False]
     assert "| at least 1.0 | – | 1.00 [0.00, 1.00] | yes, but not surely |" in tables.aims(record)
     for source, interval in ((long, "rougeL_interval"), (short, "f1_interval")):
         source[interval] = [0.01, 0.2]
@@ -145,7 +145,18 @@ def test_long_answers_of_a_source_are_better_by_rouge_l_and_short_ones_by_f1(wri
         write(answers_by_source=by_source)
     )
     del by_source["icae_minus"]["truncated context"]
-    assert [row["value"] for row in write(answers_by_source=by_source)["aims"][-2:]] == [None, 0.5]
+    assert [row["value"] for row in write(answers_by_source=by_source)["aims"][-4:-2]] == [None, 0.5]
+
+
+def test_answers_with_a_repetition_penalty_have_aims_of_their_own(write):
+    greedy, penalised = (
+        {"icae_minus": {other: {"one": {"f1": gain}} for other in ("truncated context", "no context")}}
+        for gain in (-0.1, 0.1)
+    )
+    files = {"answers_by_source": greedy, "answers_by_source_penalty": penalised}
+    record = write(reconstruction=reconstruction(0.1), **files)
+    assert [row["value"] for row in record["aims"][-4:]] == [0.0, 0.0, 1.0, 1.0]
+    assert record["measured_by"].keys() >= files.keys()
 
 
 def test_results_of_several_models_are_refused(write, capsys):

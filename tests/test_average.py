@@ -15,6 +15,12 @@ from icae.modeling_icae.pretrained_icae import SLOTS_FILE
 from tiny import make_base
 
 
+OF_THE_RUN = (
+    *("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_1.pth"),
+    *("latest", "zero_to_fp32.py"),
+)
+
+
 @pytest.fixture
 def start_and_end(tmp_path, make_icae):
     """Two points of one training: at the end every weight is larger by 1."""
@@ -28,8 +34,10 @@ def start_and_end(tmp_path, make_icae):
         "ICAE SFT", 3, rows_per_step=1, learning_rate=1.0, schedule="constant", warmup_steps=0, optimizer="sgd", seed=0
     )
     CardFacts(name="tiny", stages=[stage]).save(tmp_path / "end")
-    for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_1.pth"):
+    for name in OF_THE_RUN:
         (tmp_path / "end" / name).write_text("{}")
+    for name in ("runs", "global_step3"):
+        (tmp_path / "end" / name).mkdir()
     return [str(tmp_path / name) for name in ("start", "end")]
 
 
@@ -47,8 +55,9 @@ def test_every_trained_weight_is_the_mean_and_the_rest_is_the_last_ones(start_an
             torch.testing.assert_close(tensor, start[name] + share)
     facts = CardFacts.load(output)
     assert facts.name == "tiny" and facts.stages[-1].settings == {"average of checkpoints": said}
-    of_the_run = {"trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_1.pth"}
-    assert not of_the_run & {file.name for file in output.iterdir()}
+    of_the_weights = {file.name for file in (tmp_path / "start").iterdir()} | {CARD_FACTS}
+    assert {file.name for file in output.iterdir()} == of_the_weights
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["end", "mean", "start"]
     model = ICAEForConditionalGeneration.from_pretrained(output, base_model=make_base())
     assert len(model.generate(context="a b", prompt="c", max_new_tokens=2)) == 1
 
@@ -89,10 +98,20 @@ def test_what_was_measured_of_the_last_checkpoint_is_not_said_of_the_mean(start_
     assert len(CardFacts.load(tmp_path / "again").stages) == 1
 
 
-@pytest.mark.parametrize("weights", [["1"], ["0.5", "0.6"], ["-0.5", "1.5"]])
+@pytest.mark.parametrize("weights", [["1"], ["0.5", "0.6"], ["-0.5", "1.5"], ["nan", "nan"]])
 def test_weights_that_do_not_fit_are_an_error_that_says_how_many_are_needed(start_and_end, tmp_path, weights, capsys):
     assert main(["average", *start_and_end, "--output", str(tmp_path / "mean"), "--weights", *weights]) == 2
     assert "Expected a weight of at least 0 for each of 2 checkpoints, 1 in all, got [" in capsys.readouterr().err
+
+
+def test_a_mean_that_is_cut_short_is_not_taken_for_one(start_and_end, tmp_path, monkeypatch):
+    monkeypatch.setattr("icae.trainers.average.save_file", lambda *_, **__: 1 / 0)
+    command = ["average", *start_and_end, "--output", str(tmp_path / "mean")]
+    with pytest.raises(ZeroDivisionError):
+        main(command)
+    assert not (tmp_path / "mean").exists()
+    monkeypatch.undo()
+    assert main(command) == 0 and not (tmp_path / "mean.part").exists()
 
 
 def test_an_output_that_exists_is_an_error_and_stays_as_it_was(start_and_end, capsys):

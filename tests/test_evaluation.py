@@ -152,6 +152,16 @@ def test_the_tuned_baseline_learns_the_response_alone_behind_the_whole_context(s
     }
 
 
+@pytest.mark.parametrize(
+    ("folder", "words", "message"),
+    [("run", ["--resume", "true"], "Expected no `--resume`"), ("tuned", [], "that does not exist yet, got '.*tuned'")],
+)
+def test_a_tuned_baseline_is_made_anew_and_never_over_another(saved, tuning, folder, words, message):
+    (saved / folder).mkdir()
+    with pytest.raises(ValueError, match=message):
+        tune([*tuning, *words])
+
+
 def test_icae_evaluate_answers_writes_every_condition_with_its_controls(saved, tuning):
     tune(tuning)
     arguments = [
@@ -216,6 +226,11 @@ def test_learning_curves_that_cannot_be_told_apart_or_drawn_are_named(saved):
     state.write_text(json.dumps({"log_history": [measured]}))
     with pytest.raises(ValueError, match=r"Expected folders with names of their own, .* got only \['icae'\]; rename"):
         curves([str(saved / "icae"), str(saved / "icae"), *output])
+    del measured["eval_ae_loss_other_text"]  # as where a batch is of one context
+    state.write_text(json.dumps({"log_history": [measured]}))
+    with pytest.raises(ValueError, match="Expected the control `eval_ae_loss_other_text` in every evaluation of"):
+        curves([str(saved / "icae"), *output])
+    assert not (saved / "curves.json").exists()
 
 
 def test_learning_curves_of_both_stages_are_drawn(saved):

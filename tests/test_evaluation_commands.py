@@ -1,5 +1,6 @@
 """The commands that measure what slots keep and cost: on a tiny model, on the passages that the package brings."""
 
+import io
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from contextlib import redirect_stdout
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from icae import ICAEForConditionalGeneration
 from icae.cli import main
-from icae.evaluation import bench_generate, continuation, probes, reconstruction
+from icae.evaluation import bench_generate, bench_train, continuation, probes, reconstruction
 from icae.evaluation.arguments import Parts, evaluation_parser, parse
 from icae.evaluation.documents import batches, cut_windows, load_documents, split_window
 from icae.evaluation.measures import exact_prefix, mean_interval, wilson_interval
@@ -208,13 +210,11 @@ def test_reconstruction_reports_lengths_sources_and_altered_text_beside_the_cont
 
 @pytest.mark.slow  # two processes
 def test_another_process_gives_exactly_the_same_figures(saved):
-    records = []
-    for hash_seed in ("1", "2"):
-        command = ["evaluate", "reconstruction", "--models", "tiny=icae", "--quick", "--output", f"{hash_seed}.json"]
-        environment = os.environ | {"PYTHONHASHSEED": hash_seed}
-        subprocess.run([sys.executable, "-P", "-m", "icae.cli", *command], check=True, env=environment)
-        records.append(json.loads((saved / f"{hash_seed}.json").read_text()))
-    first, second = records
+    command = ["evaluate", "reconstruction", "--models", "tiny=icae", "--quick", "--output"]
+    assert main([*command, "here.json"]) == 0
+    environment = os.environ | {"PYTHONHASHSEED": "1"}  # this process has another one
+    subprocess.run([sys.executable, "-P", "-m", "icae.cli", *command, "there.json"], check=True, env=environment)
+    first, second = (json.loads((saved / name).read_text()) for name in ("here.json", "there.json"))
     assert first["models"] == second["models"] and first["models"]["tiny"]["ae_loss"] > 0
 
 
@@ -492,6 +492,35 @@ def test_the_trained_checkpoint_is_the_default_and_peak_memory_is_measured(saved
     assert list(cell["ratios"]) == ["4x"]
     assert set(cell["peak_bytes"]) == {"full context", "4x icae", "4x cached"}
     assert all(value > 0 for value in cell["peak_bytes"].values())
+
+
+def test_a_training_step_is_timed_with_its_peaks_measured_first(saved, monkeypatch):
+    order, start_process = [], subprocess.run
+
+    def in_this_process(command, **options):
+        if "icae.evaluation.bench_train" not in command:
+            return start_process(command, **options)  # git
+        order.append("memory")
+        monkeypatch.setattr(bench_train, "peak_bytes", lambda: len(order))
+        with redirect_stdout(io.StringIO()) as said:
+            bench_train.main(command[command.index("icae.evaluation.bench_train") + 1 :])
+        return subprocess.CompletedProcess(command, 0, said.getvalue(), "")
+
+    in_turn = bench_train.medians_in_turn
+    monkeypatch.setattr(bench_train, "medians_in_turn", lambda *args: order.append("time") or in_turn(*args))
+    monkeypatch.setattr(bench_train, "forget_peak", lambda: order.append("step"))
+    monkeypatch.setattr(subprocess, "run", in_this_process)
+    words = ["--base", "base", "--span-length", "8", "--batch-size", "2", "--dtype", "float32", "--repeats", "3"]
+    record = run("bench", "train", *words)
+    assert order == ["memory", "step"] * 7 + ["time"], "three of each variant, and one of the batch"
+    assert record["memory_one_row"]["icae"]["peak_bytes"] > 0 and record["memory_batch"]["rows"] == 2
+    assert len(record["ratios"]) == 5 and all(seconds > 0 for seconds in record["seconds"].values())
+
+
+def test_a_training_step_whose_peak_cannot_be_measured_is_named(saved, monkeypatch, capsys):
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    assert main(["bench", "train", "--base", "base", "--dtype", "float32"]) == 2
+    assert "Expected the peak memory of 'icae' from a process of its own, on Linux, which" in capsys.readouterr().err
 
 
 def test_a_peak_that_cannot_be_measured_is_named_with_the_way_out(saved, monkeypatch, capsys):

@@ -53,6 +53,13 @@ def by_quality(message):
     return "Not [[A]], no: [[B]]" if second == "good" else "It is the first. [[A]]"
 
 
+def test_an_output_without_an_ending_is_refused_before_anything_is_asked(files, capsys):
+    with chat_server(by_quality) as server:
+        assert judge(files, server, "--output", str(files / "judged")) is None
+        assert not server.requests
+    assert "Expected an `--output` with an ending, as `judge.json`" in capsys.readouterr().err
+
+
 def test_each_pair_is_judged_in_both_orders_and_won_only_if_both_say_so(files):
     with chat_server(by_quality) as server:
         record = judge(files, server)

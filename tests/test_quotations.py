@@ -57,6 +57,13 @@ def test_sentences_are_whole():
 def test_a_place_that_is_not_the_only_one_is_not_asked_for():
     asked = pairs(f"{CONTEXT} {CONTEXT}")
     assert asked and all("spring. The" in prompt for prompt, _ in asked)  # only where the first copy meets the second
+    sentence = "Nobody in the village remembered when this custom had begun."
+    too_long = f"It is said{' again' * 40} that Nobody in the village remembered when this custom had begun."
+    asked = [response for prompt, response in pairs(f"{sentence} {too_long}") if prompt.startswith("Quote")]
+    assert not {sentence} & {*asked}  # the other has all its words, too
+    assert not [
+        prompt for prompt, _ in pairs("la " * 14 + "so") if "la la la la" in prompt.partition("right after")[2]
+    ]
 
 
 @pytest.mark.parametrize("context", ["", "Four words, no more."])

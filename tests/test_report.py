@@ -106,6 +106,19 @@ def test_what_is_missing_is_listed_with_its_command(written):
     assert text.endswith("## Not measured yet\n\n- Cost of training: `icae bench train`\n")
 
 
+def test_files_that_are_no_records_are_named_and_other_pictures_left_out(results, tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    shutil.copy(results / "embedded.json", folder)
+    for name in ("embedded.png", "photo.png", "list.png"):
+        shutil.copy(results / "embedded.png", folder / name)
+    (folder / "list.json").write_text("[1]")  # as `icae demo --json` writes
+    assert main(["report", "--results", str(folder), "--output", str(tmp_path / "report")]) == 0
+    text = (tmp_path / "report" / "README.md").read_text()
+    assert re.search(r"^- \[list\.json\]\(.*\): not a record$", text, re.MULTILINE)
+    assert "(embedded.png)" in text and "photo" not in text and "list.png" not in text
+
+
 def test_every_command_of_the_report_exists():
     for section in report.SECTIONS:
         assert any(section.command.split()[1:][: len(words)] == list(words) for words in OWN_PARSERS)

@@ -15,6 +15,7 @@ from datasets import Dataset, IterableDataset, Value, concatenate_datasets
 from transformers import AutoModelForCausalLM
 
 from icae import ICAEForConditionalGeneration
+from icae.cli import main
 from icae.trainers import (
     DataCollatorForICAEPretraining,
     DataCollatorForICAESFT,
@@ -779,8 +780,6 @@ def config_file(tmp_path, tokenizer, make_icae):
 
 
 def test_icae_sft_runs_from_a_file_and_goes_on(config_file):
-    from icae.cli import main
-
     assert main(["sft", "--config", str(config_file), "--max_steps", "2"]) == 0
     assert main(["sft", "--config", str(config_file), "--resume", "true"]) == 0
     run = config_file.parent / "run"
@@ -790,8 +789,6 @@ def test_icae_sft_runs_from_a_file_and_goes_on(config_file):
 
 
 def test_a_run_does_not_go_on_with_a_base_in_another_dtype(config_file, capsys, monkeypatch):
-    from icae.cli import main
-
     def stop(trainer):
         raise KeyboardInterrupt
 
@@ -803,8 +800,6 @@ def test_a_run_does_not_go_on_with_a_base_in_another_dtype(config_file, capsys, 
 
 
 def test_a_new_run_is_not_mixed_with_an_old_one(config_file, capsys):
-    from icae.cli import main
-
     for _ in range(2):
         status = main(["sft", "--config", str(config_file), "--max_steps", "1"])
     assert status == 2
@@ -814,8 +809,6 @@ def test_a_new_run_is_not_mixed_with_an_old_one(config_file, capsys):
 
 @pytest.mark.parametrize("streaming", ["false", "true"])
 def test_icae_sft_trains_answers_and_the_reconstruction_of_documents(config_file, streaming, monkeypatch):
-    from icae.cli import main
-
     trained_on, collate = set(), DataCollatorForICAESFT.__call__
 
     def keep(collator, samples):
@@ -843,8 +836,6 @@ def test_icae_sft_trains_answers_and_the_reconstruction_of_documents(config_file
 
 
 def test_documents_mixed_in_are_of_all_files_alike(config_file, monkeypatch):
-    from icae.cli import main
-
     folder, seen = config_file.parent, []
     monkeypatch.setattr("icae.trainers.sft.ICAESFTTrainer", lambda *_, documents, **__: seen.extend(documents["text"]))
     monkeypatch.setattr("icae.trainers.sft.run", lambda *_: None)
@@ -856,8 +847,6 @@ def test_documents_mixed_in_are_of_all_files_alike(config_file, monkeypatch):
 
 
 def test_the_teacher_writes_responses_to_tune_on(config_file, make_icae, capsys):
-    from icae.cli import main
-
     folder = config_file.parent
     load_base = partial(AutoModelForCausalLM.from_pretrained, folder / "base")
     base, model = load_base(), make_icae(base=load_base())
@@ -915,7 +904,6 @@ def test_a_cut_answer_ends_with_its_last_whole_sentence(written, whole):
 def test_answers_of_full_length_are_cut_or_left_out_and_those_unlike_the_response_are_not_taught(
     config_file, make_icae, monkeypatch, capsys
 ):
-    from icae.cli import main
     from icae.evaluation.readers import TokenReader
 
     folder = config_file.parent
@@ -946,6 +934,16 @@ def test_answers_of_full_length_are_cut_or_left_out_and_those_unlike_the_respons
     given.select_columns(["context", "prompt"]).rename_column("context", "input").to_parquet(files[1])
     assert written("--cut") == ["a b.", "a b c", "a b c.", "b"]
 
+    extra = {"written": [1, 2, 3, 4], "taught": ["w", "x", "y", "z"], "rejected": ["a"] * 4}
+    for name, values in extra.items():
+        given = given.add_column(name, values)
+    given.to_parquet(files[1])
+    assert written("--least-overlap", "0.5") == ["x", "a b c", "b", "b"]
+    columns = Dataset.from_parquet(files[3])[:]
+    assert columns["written"] == [1, 2, 3, 4] and columns["taught"] == ["w", "x", "y", "z"]
+    assert columns["rejected"] == ["a", None, "a", None]  # pairs are of the responses that they were made for
+    given = given.remove_columns([*extra])
+
     rows = given.to_list()
     rows[1]["context"] = "x" * 500  # of 512 positions
     Dataset.from_list(rows).to_parquet(files[1])
@@ -968,8 +966,6 @@ def test_answers_of_full_length_are_cut_or_left_out_and_those_unlike_the_respons
 
 @pytest.mark.parametrize("command", ["write-responses", "write-quotations", "write-preferences"])
 def test_no_command_writes_over_the_triples_that_it_reads(tmp_path, monkeypatch, capsys, command):
-    from icae.cli import main
-
     monkeypatch.chdir(tmp_path)
     Dataset.from_dict({"context": ["a"], "prompt": ["b"], "response": ["c"]}).to_parquet("given.parquet")
     before = Path("given.parquet").read_bytes()
@@ -979,9 +975,13 @@ def test_no_command_writes_over_the_triples_that_it_reads(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("command", ["write-responses", "write-quotations", "write-preferences"])
-def test_missing_texts_and_empty_files_are_refused_by_all_commands_that_read_triples(tmp_path, capsys, command):
-    from icae.cli import main
+def test_rows_are_not_written_to_a_file_that_would_be_read_as_json(tmp_path, capsys, command):
+    assert main([command, "--data", "given.parquet", "--output", str(tmp_path / "new.jsonl")]) == 2
+    assert "Expected an `--output` that is not named like JSON, got" in capsys.readouterr().err
 
+
+@pytest.mark.parametrize("command", ["write-responses", "write-quotations", "write-preferences"])
+def test_missing_texts_and_empty_files_are_refused_by_all_commands_that_read_triples(tmp_path, capsys, command):
     file = str(tmp_path / "given.parquet")
     words = [command, "--data", file, "--output", str(tmp_path / "new.parquet")]
     Dataset.from_dict({"context": ["a", None], "prompt": ["b", "b"], "response": ["c", "c"]}).to_parquet(file)
@@ -1006,8 +1006,6 @@ def test_missing_texts_and_empty_files_are_refused_by_all_commands_that_read_tri
     ],
 )
 def test_what_the_teacher_cannot_answer_is_said_before_the_model_is_loaded(tmp_path, columns, share, message, capsys):
-    from icae.cli import main
-
     file = str(tmp_path / "given.parquet")
     rows = {name: ["a", "a"] for name in columns if name != "no response"}
     if "no response" in columns:
@@ -1019,8 +1017,6 @@ def test_what_the_teacher_cannot_answer_is_said_before_the_model_is_loaded(tmp_p
 
 
 def test_responses_that_are_token_ids_cannot_be_compared_with_the_teachers(tmp_path, capsys):
-    from icae.cli import main
-
     file = str(tmp_path / "given.parquet")
     Dataset.from_dict({"context": ["a"], "prompt": ["b"], "response": [[3, 4]]}).to_parquet(file)
     options = ["--data", file, "--output", "new", "--model", "none", "--least-overlap", "0.2"]
@@ -1045,8 +1041,6 @@ def test_the_preset_is_understood(tmp_path, preset, steps):
 
 
 def test_icae_sft_stops_when_validation_gets_no_better(config_file, capsys):
-    from icae.cli import main
-
     def steps(*more: str) -> int:
         options = ["--load_best_model_at_end", "true", "--learning_rate", "0", "--resume", "true", *more]
         options += ["--metric_for_best_model", "response_loss", "--greater_is_better", "false"]
@@ -1062,8 +1056,6 @@ def test_icae_sft_stops_when_validation_gets_no_better(config_file, capsys):
 
 
 def test_patience_without_a_measure_is_refused_before_anything_is_loaded(config_file, capsys):
-    from icae.cli import main
-
     options = ["--early_stopping_patience", "2", "--base_model", "none"]
     assert main(["sft", "--config", str(config_file), *options]) == 2
     assert "Expected `metric_for_best_model` beside `early_stopping_patience`" in capsys.readouterr().err
@@ -1146,11 +1138,12 @@ def test_two_processes_measure_all_of_the_held_out_data_together_and_part_at_the
     # One process fills its part up with a row of the other's.
     options += ["--per_device_eval_batch_size", "1", "--eval_samples", "3", "--eval_generations", "0", "--output_dir"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    alone, together = (str(config_file.parent / name) for name in ("alone", "together"))
+    assert main([*options, alone]) == 0
+    subprocess.run([sys.executable, *torchrun, str(script), *options, together], check=True, timeout=300)
     found = []
-    for folder, launcher in (("alone", []), ("together", torchrun)):
-        run = config_file.parent / folder
-        subprocess.run([sys.executable, *launcher, str(script), *options, str(run)], check=True, timeout=300)
-        first = json.loads((run / "trainer_state.json").read_text())["log_history"][0]
+    for run in (alone, together):
+        first = json.loads((Path(run) / "trainer_state.json").read_text())["log_history"][0]
         found.append({name: first[f"eval_{name}"] for name in ("response_loss", "ae_loss", "response_accuracy")})
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from icae import ICAEConfig, ICAEForConditionalGeneration
 from icae.cli import main
 from icae.evaluation import small_base
 from icae.evaluation.sweep import as_words, read_sweep
+from icae.modeling_icae.pretrained_icae import SLOTS_FILE
 from tiny import SHORT_RUN, make_base
 
 
@@ -103,6 +105,26 @@ def test_a_finished_run_is_not_taken_for_that_of_a_changed_preset(sweep_file, mo
     assert "to be made by what the sweep says now" in capsys.readouterr().err
 
 
+def test_a_finished_run_is_not_taken_for_one_from_another_start(sweep_file, monkeypatch, capsys):
+    trained = []
+
+    def run(command, check):
+        done = write_log([{"eval_lm_loss": 1}], command, check)
+        folder = Path(command[command.index("--output_dir") + 1])
+        (folder / SLOTS_FILE).write_text(f"weights {len(trained)}")
+        trained.append(folder.name)
+        return done
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr("icae.evaluation.sweep.draw_curves", lambda shown: None)
+    assert main(["sweep", str(sweep_file)]) == main(["sweep", str(sweep_file)]) == 0
+    assert len(trained) == 3
+    shutil.rmtree(Path("runs", "both tasks"))  # from which the third started
+    assert main(["sweep", str(sweep_file)]) == 2
+    message = capsys.readouterr().err
+    assert trained[3:] == ["both tasks"] and "Expected the run in 'runs/autoencoding only' to be made by" in message
+
+
 def test_a_sweep_without_evaluations_says_so(sweep_file, monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "run", partial(write_log, []))
     assert main(["sweep", str(sweep_file)]) == 2
@@ -165,6 +187,8 @@ def test_a_small_base_of_any_family_is_trained_and_can_carry_an_icae(family, tmp
     model = ICAEForConditionalGeneration.from_base(str(tmp_path / "base"), ICAEConfig(span_length=8))
     memory = model.eval().compress("The cup is on the table.")
     assert model.config.text_config.model_type == family and memory.num_slots[0] > 0
+    # What every pass of an ICAE starts with is a token that the base has seen: the end of the text before.
+    assert model.config.start_token_id == model.tokenizer.eos_token_id
 
 
 def test_a_field_of_several_numbers_is_one_word():

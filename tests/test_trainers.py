@@ -16,7 +16,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTConfig, SFTTrainer
 
 from icae import ICAEForConditionalGeneration
-from icae.trainers import ICAEPretrainingConfig, ICAEPretrainingTrainer
+from icae.trainers import ICAEPretrainingConfig, ICAEPretrainingTrainer, pretrain
 from icae.trainers.icae_trainer import _AsPrepared, _rows_of_other_texts
 from icae.trainers.scripts import ICAEArguments, ScriptArguments, load_data
 from tiny import SHORT_RUN, STYLE, made_under, make_base, written_in_evaluation
@@ -753,17 +753,20 @@ def test_the_presets_are_understood(preset, tmp_path):
 @pytest.mark.slow
 def test_two_processes_see_the_samples_of_one_and_learn_the_same(command_line):
     """`accelerate launch` on the CPU with gloo: 2 processes x 1 row = 1 process x 2 rows."""
-    config = ["-m", "icae.trainers.pretrain", "--config", str(command_line / "config.yaml"), "--eval_strategy", "no"]
+    config = ["--config", str(command_line / "config.yaml"), "--eval_strategy", "no", "--dtype", "float32"]
     accelerate = Path(__file__).parents[1] / "examples" / "accelerate" / "cpu_2_processes.yaml"
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(accelerate)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    options = {
+        name: [*config, "--output_dir", str(command_line / name), "--per_device_train_batch_size", str(rows)]
+        for name, rows in (("one", 2), ("two", 1))
+    }
+    pretrain.main(options["one"])
+    command = [sys.executable, *launch, "-m", "icae.trainers.pretrain", *options["two"]]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
     histories = {}
-    for name, prefix, rows in (("one", [], 2), ("two", launch, 1)):
-        options = ["--output_dir", str(command_line / name), "--per_device_train_batch_size", str(rows)]
-        options += ["--dtype", "float32"]
-        command = [sys.executable, *prefix, *config, *options]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for name in options:
         state = json.loads((command_line / name / "trainer_state.json").read_text())
         histories[name] = [entry for entry in state["log_history"] if "loss" in entry]
     assert len(histories["two"]) == 4

@@ -30,7 +30,8 @@ AVERAGE = "average of checkpoints"  # what a card calls the weights of a mean, w
 # Of a run, not of its weights, so not of the mean.
 OF_A_RUN = (
     *("checkpoint-*", "run.json", "trainer_state.json", "training_args.bin"),
-    *("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth"),
+    *("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "runs"),
+    *("latest", "global_step*", "zero_to_fp32.py"),  # DeepSpeed's
 )
 
 
@@ -53,7 +54,8 @@ def average(checkpoints: list[Path], output: Path, weights: list[float] | None =
             f"Expected an output folder that does not exist yet, got {output}; name another or remove it."
         )
     weights = weights or [1 / len(checkpoints)] * len(checkpoints)
-    if len(weights) != len(checkpoints) or min(weights) < 0 or abs(sum(weights) - 1) > 1e-6:
+    # Said this way round, it refuses NaN, which is neither below nor above anything.
+    if len(weights) != len(checkpoints) or not (min(weights) >= 0 and abs(sum(weights) - 1) <= 1e-6):
         raise ValueError(
             f"Expected a weight of at least 0 for each of {len(checkpoints)} checkpoints, 1 in all, got {weights}."
         )
@@ -79,9 +81,11 @@ def average(checkpoints: list[Path], output: Path, weights: list[float] | None =
         }
         for file, own in tensors.items()
     }
-    shutil.copytree(last, output, ignore=shutil.ignore_patterns(*OF_A_RUN))
+    unfinished = output.with_name(f"{output.name}.part")  # until all is written, it is a copy of the last one
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(last, unfinished, ignore=shutil.ignore_patterns(*OF_A_RUN))
     for file, mean in means.items():
-        save_file(mean, output / file, metadata={"format": "pt"})
+        save_file(mean, unfinished / file, metadata={"format": "pt"})
     facts = CardFacts.load(last)
     facts.stages = _stages_of_all([CardFacts.load(folder).stages for folder in checkpoints])
     facts.reconstruction = facts.answers = None  # what was measured of the last one is not of the mean
@@ -90,9 +94,10 @@ def average(checkpoints: list[Path], output: Path, weights: list[float] | None =
         settings = facts.stages[-1].settings
         said = " : ".join(f"{weight:.2g}" for weight in weights)
         settings[AVERAGE] = f"{settings[AVERAGE]}, then {said}" if AVERAGE in settings else said
-    facts.save(output)
-    if (output / "README.md").is_file():
-        write_card(output)
+    facts.save(unfinished)
+    if (unfinished / "README.md").is_file():
+        write_card(unfinished)
+    unfinished.rename(output)
 
 
 def _tensors(file: Path) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from icae.cli import add_dtype_argument, load_model, whole_number
 from icae.evaluation.measures import overlap
-from icae.evaluation.triples import check_other_file, load_triples
+from icae.evaluation.triples import check_output, load_triples
 from icae.modeling_icae import GREEDY, ICAEForConditionalGeneration
 from icae.modeling_icae.chat_icae import encode_contexts, encode_response
 
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=whole_number(1), default=6, help="prompts answered at once")
     parser.add_argument("--seed", type=whole_number(0), default=0)
     arguments = parser.parse_args(argv)
-    check_other_file(arguments.data, arguments.output)
+    check_output(arguments.data, arguments.output)
     import rouge_score  # noqa: F401 (of the extra `eval`: it should not be missed after the hours that answers take)
 
     if not 0 < arguments.least_gap <= 1:

@@ -17,7 +17,7 @@ import numpy as np
 from datasets import Dataset
 
 from icae.cli import whole_number
-from icae.evaluation.triples import TEXT, check_other_file, load_triples
+from icae.evaluation.triples import TEXT, check_output, load_triples
 
 
 QUOTED_WORDS = (4, 8)  # of a quotation in a prompt, at least and at most
@@ -52,8 +52,8 @@ def quotations(context: str, number: int, rng: np.random.Generator) -> Iterator[
         elif sentences:
             sentence = str(rng.choice(sentences))
             keys = rng.permutation(sorted({*KEY_WORD.findall(sentence)}))[:KEY_WORDS]
-            fitting = [other for other in sentences if all(key in other for key in keys)]
-            if len(keys) == KEY_WORDS and len(fitting) == 1:
+            # A sentence too long to be asked for, or across lines, may have all of them, too.
+            if len(keys) == KEY_WORDS and min(_places(context, key) for key in keys) == 1:
                 yield f"Quote the sentence with the words {', '.join(keys)}.", sentence
 
 
@@ -63,7 +63,12 @@ def _parts(context: str, words: list[tuple[int, int]], sizes: list[int], rng: np
         return []
     edges = np.cumsum([rng.integers(len(words) - sum(sizes), endpoint=True), *sizes])
     parts = [context[words[first][0] : words[end - 1][1]] for first, end in pairwise(edges)]
-    return parts if context.count(parts[0]) == 1 else []
+    return parts if _places(context, parts[0]) == 1 else []
+
+
+def _places(context: str, part: str) -> int:
+    """How often a part stands in the context; places may overlap."""
+    return len(re.findall(f"(?={re.escape(part)})", context))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -75,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--per-context", type=whole_number(1), default=2, help="new rows per context, at most")
     parser.add_argument("--seed", type=whole_number(0), default=0)
     arguments = parser.parse_args(argv)
-    check_other_file(arguments.data, arguments.output)
+    check_output(arguments.data, arguments.output)
     dataset = load_triples(arguments.data)
     for name in ("context", "prompt", "response"):
         if dataset.features[name] not in TEXT:

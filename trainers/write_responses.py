@@ -2,7 +2,8 @@
 `icae write-responses --data FILE.parquet --output FILE.parquet`: responses by the teacher itself.
 
 The frozen base reads each whole context and answers the prompt; its answer takes the place of the response, for
-sequence-level distillation, as PISCO does. Tuning on the result is `icae sft` as always.
+sequence-level distillation, as PISCO does. Tuning on the result is `icae sft` as always. Other columns are kept, but
+not a `rejected` response, which was rejected for the one that was replaced.
 
 Answers that are not at their end are left out, or with `--cut` end with their last whole sentence. With
 `--least-overlap` an answer takes the place of a response only if it shares so much with it: ROUGE-L, and token F1 with
@@ -12,13 +13,16 @@ responses of fewer than ten words.
 import argparse
 import re
 from itertools import chain
+from typing import Any
 
 import torch
+from datasets import Dataset, Features, Value
+from tqdm.auto import tqdm
 
 from icae.cli import add_dtype_argument, load_model, whole_number
 from icae.evaluation.measures import overlap
 from icae.evaluation.readers import TokenReader
-from icae.evaluation.triples import TEXT, check_other_file, load_triples
+from icae.evaluation.triples import TEXT, check_output, load_triples
 from icae.modeling_icae.chat_icae import encode_contexts
 
 
@@ -43,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cut", action="store_true", help="end answers of full length with their last whole sentence")
     parser.add_argument("--least-overlap", type=float, help="with the row's response, which else stays (from 0 to 1)")
     arguments = parser.parse_args(argv)
-    check_other_file(arguments.data, arguments.output)
+    check_output(arguments.data, arguments.output)
     least = arguments.least_overlap
     if least is not None and not 0 <= least <= 1:
         raise ValueError(f"Expected a `--least-overlap` from 0 to 1, got {least}.")
@@ -57,46 +61,50 @@ def main(argv: list[str] | None = None) -> None:
     room = model._num_positions - len(model._prefix("instruction")) - arguments.max_new_tokens  # context and prompt
     teacher = TokenReader(model.language_model, model, lambda ids: ids)
 
-    def answer(batch: dict[str, list]) -> dict[str, list]:
-        contexts = [[*chain(*encode_contexts(model.tokenizer, context))] for context in batch["context"]]
-        prompts = model.encode_prompts(batch["prompt"])
+    def answer(batch: list[dict[str, Any]]) -> list[str | None]:
+        """The texts that may be taught, "" where there is none; None for rows that are too long."""
+        contexts = [[*chain(*encode_contexts(model.tokenizer, row["context"]))] for row in batch]
+        prompts = model.encode_prompts([row["prompt"] for row in batch])
         pairs = zip(contexts, prompts, strict=True)
         rows = [{"context_ids": context, "prompt_ids": prompt} for context, prompt in pairs]
         fits = [sum(map(len, row.values())) <= room for row in rows]
         if not any(fits):
-            return {"written": [""] * len(rows), "fits": fits}
+            return [None] * len(rows)
         fitting = [row for row, fit in zip(rows, fits, strict=True) if fit]
         answers = teacher.answer_ids(fitting, arguments.max_new_tokens)
         texts = model.tokenizer.batch_decode(answers, skip_special_tokens=True)
         unfinished = whole_sentences if arguments.cut else lambda text: ""
         at_end = [len(ids) < arguments.max_new_tokens for ids in answers]
         written = iter([text if end else unfinished(text) for text, end in zip(texts, at_end, strict=True)])
-        return {"written": [next(written) if fit else "" for fit in fits], "fits": fits}
+        return [next(written) if fit else None for fit in fits]
 
-    def teach(row: dict[str, str]) -> dict[str, str | bool]:
-        written = row["written"]
-        taught = written != "" and (least is None or overlap(written, row["response"]) >= least)
-        return {"response": written if taught or least is None else row["response"], "taught": taught}
-
-    answered = dataset.map(answer, batched=True, batch_size=arguments.batch_size, load_from_cache_file=False)
-    too_long = len(answered) - sum(answered["fits"])
-    answered = answered.map(teach, remove_columns=["written", "fits"], load_from_cache_file=False)
-    taught = answered.filter(bool, input_columns=["taught"])
-    written = taught if least is None else answered
-    if not len(written):
+    no_pair = {"rejected": None} if "rejected" in dataset.column_names else {}
+    kept, taught, too_long = [], 0, 0
+    # Not `map`, which would pickle the model to know its function again.
+    for first in tqdm(range(0, len(dataset), arguments.batch_size)):
+        batch = dataset.select(range(first, min(first + arguments.batch_size, len(dataset)))).to_list()
+        for row, written in zip(batch, answer(batch), strict=True):
+            too_long += written is None
+            if written and (least is None or overlap(written, row["response"]) >= least):
+                kept.append(row | no_pair | {"response": written})
+                taught += 1
+            elif least is not None:
+                kept.append(row)
+    if not kept:
         raise ValueError(
             f"Expected answers that come to their end within {arguments.max_new_tokens} tokens, got none for "
-            f"{len(answered)} rows; raise `--max-new-tokens`, or `--cut` the others."
+            f"{len(dataset)} rows; raise `--max-new-tokens`, or `--cut` the others."
         )
-    written.remove_columns("taught").to_parquet(arguments.output)
-    others = len(answered) - len(taught)
+    features = Features(dataset.features | {"response": Value("string")})
+    Dataset.from_list(kept, features=features).to_parquet(arguments.output)
+    others = len(dataset) - taught
     if least is None:
         how = "without a whole sentence" if arguments.cut else "not at its end"
         rest = f"left out are {others} rows whose answer was empty or {how} after {arguments.max_new_tokens} tokens"
     else:
         rest = f"{others} rows beside them keep theirs"
     too_long_for = f"; {too_long} of them are too long for the base" if too_long else ""
-    print(f"{len(taught)} responses in {arguments.output}; {rest}{too_long_for}")
+    print(f"{taught} responses in {arguments.output}; {rest}{too_long_for}")
 
 
 if __name__ == "__main__":

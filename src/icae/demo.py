@@ -43,6 +43,7 @@ def run_demo(
         json_file (`str`, *optional*): where to write the numbers.
 
     Raises:
+        `ValueError`: if no passage is left to show, or the folder for the numbers is missing.
         `RuntimeError`: if a memory reads differently after saving and loading.
     """
     if max_passages is not None and max_passages < 1:
@@ -115,7 +116,7 @@ def tokenize(model: ICAEForConditionalGeneration, text: str) -> list[int]:
 @torch.no_grad()
 def full_cache_bytes(model: ICAEForConditionalGeneration, ids: torch.Tensor) -> int:
     """Bytes of the key-value cache that the base needs for the whole text, measured."""
-    cache = DynamicCache()
+    cache = DynamicCache(config=model.language_model.config)
     model.language_model.base_model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True)
     return sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values))
 
