@@ -20,8 +20,6 @@ import copy
 import itertools
 import json
 import math
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,7 +32,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteria, S
 
 from icae.cli import load_model, whole_number
 from icae.evaluation.arguments import Parts, evaluation_parser, finish, identity, parse
-from icae.evaluation.timing import medians_in_turn, peak_bytes_of
+from icae.evaluation.timing import in_own_process, medians_in_turn, peak_bytes_of
 from icae.modeling_icae import ICAEForConditionalGeneration, ICAEMemory
 
 
@@ -254,22 +252,16 @@ def load_plain(model: ICAEForConditionalGeneration):
 
 def memory_of(kind: str, ratio: str | None, batch: int, length: int, arguments) -> int:
     """Peak bytes of one answer, in a process of its own."""
-    command = [sys.executable, "-P", "-m", "icae.evaluation.bench_generate", "--memory-of", kind]
-    command += ["--batches", str(batch), "--contexts", str(length), "--new-tokens", str(arguments.new_tokens)]
-    command += ["--dtype", arguments.dtype]
+    words = ["--memory-of", kind, "--batches", str(batch), "--contexts", str(length)]
+    words += ["--new-tokens", str(arguments.new_tokens), "--dtype", arguments.dtype]
     for option in ("model", "base"):
         if value := getattr(arguments, option):
-            command += [f"--{option}", value]
+            words += [f"--{option}", value]
     if ratio is not None:
-        command += ["--ratios", ratio.removesuffix("x")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(done.stderr, file=sys.stderr)
-        raise ValueError(
-            f"Expected the peak memory of {kind!r} at {batch} x {length:,} tokens from a process of its own, which "
-            f"ended with status {done.returncode} (-9: out of memory); `--no-memory` leaves peaks out."
-        )
-    return json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
+        words += ["--ratios", ratio.removesuffix("x")]
+    what = f"the peak memory of {kind!r} at {batch} x {length:,} tokens"
+    way_out = "`--no-memory` leaves peaks out"
+    return in_own_process("icae.evaluation.bench_generate", words, what=what, way_out=way_out)["peak_bytes"]
 
 
 def measure_memory(arguments) -> None:

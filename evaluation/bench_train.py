@@ -16,8 +16,6 @@ them), above what the loaded libraries take; this needs Linux.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 
@@ -33,7 +31,7 @@ from icae.dtypes import resolve_dtype
 from icae.embedded import embedded_base
 from icae.evaluation.arguments import command_line
 from icae.evaluation.record import write_record
-from icae.evaluation.timing import forget_peak, medians_in_turn, peak_bytes, timed
+from icae.evaluation.timing import forget_peak, in_own_process, medians_in_turn, peak_bytes, timed
 from icae.modeling_icae import ICAEForConditionalGeneration
 from icae.trainers import cpu_attention  # noqa: F401  # registers the name "grouped"
 
@@ -146,17 +144,14 @@ def memory_of(variant: str, arguments, batch_size: int) -> dict[str, int]:
     Raises:
         `ValueError`: if that process does not end well.
     """
-    command = [sys.executable, "-P", "-m", "icae.evaluation.bench_train", "--memory-of", variant]
-    command += ["--base", arguments.base, "--span-length", str(arguments.span_length)]
-    command += ["--batch-size", str(batch_size), "--memory-type", arguments.memory_type, "--dtype", arguments.dtype]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(done.stderr, file=sys.stderr)
-        raise ValueError(
-            f"Expected the peak memory of {variant!r} from a process of its own, on Linux, which ended with status "
-            f"{done.returncode} (-9: out of memory); give a smaller `--batch-size` or `--span-length`."
-        )
-    return json.loads(done.stdout.splitlines()[-1])
+    words = ["--memory-of", variant, "--base", arguments.base, "--span-length", str(arguments.span_length)]
+    words += ["--batch-size", str(batch_size), "--memory-type", arguments.memory_type, "--dtype", arguments.dtype]
+    return in_own_process(
+        "icae.evaluation.bench_train",
+        words,
+        what=f"the peak memory of {variant!r}",
+        way_out="give a smaller `--batch-size` or `--span-length`, and run this on Linux",
+    )
 
 
 def median_memory_of(variant: str, arguments) -> dict[str, int]:

@@ -2,7 +2,10 @@
 
 import ctypes
 import gc
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +37,24 @@ def medians_in_turn(steps: dict[str, Callable[[], dict[str, float]]], repeats: i
         name: {key: statistics.median(values[key] for values in measured) for key in measured[0]}
         for name, measured in found.items()
     }
+
+
+def in_own_process(module: str, words: list[str], what: str, way_out: str) -> dict[str, int]:
+    """
+    The JSON that a module's command prints in the end, run in a process of its own.
+
+    Raises:
+        `ValueError`: if that process does not end well; its own message comes before.
+    """
+    command = [sys.executable, "-P", "-m", module, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+        raise ValueError(
+            f"Expected {what} from a process of its own, which ended with status {done.returncode} (-9: out of "
+            f"memory); {way_out}."
+        )
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def peak_bytes() -> int:
