@@ -707,9 +707,10 @@ def test_streamed_samples_of_one_document_do_not_train_together(command_line, mo
 def test_train_samples_are_drawn_with_the_seed_and_evaluation_keeps_its_own(command_line, streaming):
     files = [str(command_line / "train.parquet")]
     script = ScriptArguments(train_files=files, eval_files=files, train_samples=3, streaming=streaming)
-    first, again, other = ([row["text"] for row in load_data(script, seed, "text")[0]] for seed in (1, 1, 2))
+    loaded = [load_data(script, seed, "text") for seed in (1, 1, 2)]
+    first, again, other = ([row["text"] for row in train] for train, _ in loaded)
     assert len(first) == 3 and first == again != other and set(first) < set(DOCUMENTS["text"])
-    assert len(load_data(script, 1, "text")[1]) == len(DOCUMENTS)
+    assert len(loaded[0][1]) == len(DOCUMENTS)
 
 
 def test_of_each_file_of_documents_so_many_characters_are_drawn_with_the_seed(tmp_path):
