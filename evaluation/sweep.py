@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         command = [stage, *options, *(word for key, value in values.items() for word in as_words(key, value))]
         finished = folder / COMMAND
         made_by = {"command": command, "config": digest(values["config"]) if "config" in values else None}
-        if (start := Path(values.get("init_from", ""), SLOTS_FILE)).is_file():
+        if "init_from" in values and (start := Path(values["init_from"], SLOTS_FILE)).is_file():
             made_by["start"] = digest(start)
         if finished.is_file() and (found := json.loads(finished.read_text())) != made_by:
             raise ValueError(

@@ -69,8 +69,10 @@ def test_the_card_of_a_mean_names_the_stages_of_all_checkpoints_once(start_and_e
             tmp_path / name
         )
         CardFacts(stages=[shared, replace(shared, seed=seed)]).save(tmp_path / name)
+    write_card(tmp_path / "other")
     folders = [str(tmp_path / name) for name in ("start", "end", "one", "other")]
     assert main(["average", *folders, "--output", str(tmp_path / "mean")]) == 0
+    assert "\n# mean\n" in (tmp_path / "mean" / "README.md").read_text()
     stages = CardFacts.load(tmp_path / "mean").stages
     assert [stage.seed for stage in stages] == [0, 1, 2]
     assert [stage.settings for stage in stages] == [{}, {}, {"average of checkpoints": "0.25 : 0.25 : 0.25 : 0.25"}]
@@ -109,9 +111,9 @@ def test_a_mean_that_is_cut_short_is_not_taken_for_one(start_and_end, tmp_path, 
     command = ["average", *start_and_end, "--output", str(tmp_path / "mean")]
     with pytest.raises(ZeroDivisionError):
         main(command)
-    assert not (tmp_path / "mean").exists()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["end", "start"]
     monkeypatch.undo()
-    assert main(command) == 0 and not (tmp_path / "mean.part").exists()
+    assert main(command) == 0 and (tmp_path / "mean" / SLOTS_FILE).is_file()
 
 
 def test_an_output_that_exists_is_an_error_and_stays_as_it_was(start_and_end, capsys):

@@ -8,6 +8,7 @@ forgot and most of what it learnt (Wortsman et al., "Robust fine-tuning of zero-
 import argparse
 import json
 import shutil
+import tempfile
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -81,11 +82,6 @@ def average(checkpoints: list[Path], output: Path, weights: list[float] | None =
         }
         for file, own in tensors.items()
     }
-    unfinished = output.with_name(f"{output.name}.part")  # until all is written, it is a copy of the last one
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(last, unfinished, ignore=shutil.ignore_patterns(*OF_A_RUN))
-    for file, mean in means.items():
-        save_file(mean, unfinished / file, metadata={"format": "pt"})
     facts = CardFacts.load(last)
     facts.stages = _stages_of_all([CardFacts.load(folder).stages for folder in checkpoints])
     facts.reconstruction = facts.answers = None  # what was measured of the last one is not of the mean
@@ -94,10 +90,16 @@ def average(checkpoints: list[Path], output: Path, weights: list[float] | None =
         settings = facts.stages[-1].settings
         said = " : ".join(f"{weight:.2g}" for weight in weights)
         settings[AVERAGE] = f"{settings[AVERAGE]}, then {said}" if AVERAGE in settings else said
-    facts.save(unfinished)
-    if (unfinished / "README.md").is_file():
-        write_card(unfinished)
-    unfinished.rename(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as aside:  # until all is written, it is a copy of the last one
+        folder = Path(aside, output.name)
+        shutil.copytree(last, folder, ignore=shutil.ignore_patterns(*OF_A_RUN))
+        for file, mean in means.items():
+            save_file(mean, folder / file, metadata={"format": "pt"})
+        facts.save(folder)
+        if (folder / "README.md").is_file():
+            write_card(folder)
+        folder.rename(output)
 
 
 def _tensors(file: Path) -> dict[str, torch.Tensor]:
